@@ -1,0 +1,162 @@
+"""Checkpoints that are whole or do not exist, and the state of a run.
+
+    checkpoints/step-00000100/   state files of the engine, run_state.json, manifest.json, COMMITTED
+    checkpoints/.step-00000100   being written; never read, removed by the next commit
+
+A reader trusts a directory only when COMMITTED is there and every file of the manifest has its size and hash.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sft_dist.config import Recipe
+from sft_dist.engine.collectives import any_rank, barrier
+from sft_dist.engine.interface import Engine
+from sft_dist.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands: position is one integer. The rest says what the position is in.
+
+    step: last step done, applied or withheld. curve: the recipe's values that decide the loss curve.
+    """
+
+    step: int
+    data_fingerprint: str
+    curve: dict[str, Any]
+    engine: str
+    world_size: int
+
+    def next(self) -> "RunState":
+        return replace(self, step=self.step + 1)
+
+
+def curve_of(recipe: Recipe, *, num_steps: int) -> dict[str, Any]:
+    """The recipe's values that decide the curve, by key. Launch, packing, engine and cadence are not among them."""
+    dump = recipe.model_dump(mode="json")
+    keys = {
+        "run.seed": dump["run"]["seed"],
+        "model.path": dump["model"]["path"],
+        "model.revision": dump["model"]["revision"],
+        "batch.examples": dump["batch"]["examples"],
+        "batch.tokens": dump["batch"]["tokens"],
+        "loss": dump["loss"],
+        "train.steps": num_steps,
+        "data.train.weight": [source["weight"] for source in dump["data"]["train"]],
+    }
+    return keys | {f"optim.{key}": value for key, value in dump["optim"].items()}
+
+
+def commit(engine: Engine, state: RunState, directory: Path, *, keep: int) -> Path:
+    """Write a checkpoint of every rank's state and make it the newest; then delete all but `keep`.
+
+    Raises CheckpointError on every rank when one of them could not write.
+    """
+    final = directory / f"step-{state.step:08d}"
+    if is_committed(final):
+        return final
+    writing = directory / f".{final.name}"
+    if engine.world.is_main:
+        for stale in directory.glob(".step-*"):
+            shutil.rmtree(stale)
+        if final.exists():  # a copy that was never committed
+            shutil.rmtree(final)
+        writing.mkdir(parents=True)
+    barrier(engine.device)
+    failure: OSError | None = None
+    try:
+        engine.save(writing)
+    except OSError as error:
+        failure = error
+    if any_rank(failure is not None, engine.device):
+        raise CheckpointError(f"{writing}: could not be written: {failure or 'another rank failed'}; the checkpoints before it are untouched")
+    if engine.world.is_main:
+        _seal(writing, state)
+        writing.rename(final)
+        _write_durably(final / "COMMITTED", f"{FORMAT_VERSION}\n")
+        _sync_directory(directory)
+        for old in committed(directory)[:-keep]:
+            shutil.rmtree(old)
+    barrier(engine.device)
+    return final
+
+
+def committed(directory: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return [path for path in sorted(directory.glob("step-*")) if is_committed(path)]
+
+
+def is_committed(path: Path) -> bool:
+    return (path / "COMMITTED").is_file()
+
+
+def read_state(path: Path) -> RunState:
+    """Verify a checkpoint, every byte of it, and return its state. Raises CheckpointError naming the file."""
+    if not is_committed(path):
+        raise CheckpointError(f"{path}: not a committed checkpoint; choose one of {[p.name for p in committed(path.parent)]}")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            found = _describe(path / name)
+            if found != expected:
+                raise CheckpointError(f"{path / name}: is {found}, the manifest says {expected}; delete {path} to go on from an older checkpoint")
+        return RunState(**json.loads((path / "run_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: broken: {error}; delete it to go on from an older checkpoint") from None
+
+
+def require_same_run(found: RunState, expected: RunState, path: Path) -> None:
+    """Refuse to go on from a checkpoint whose continuation would not be this run's curve. Names every key."""
+    changed = [f"{key}: {value!r} then, {expected.curve.get(key)!r} now" for key, value in found.curve.items() if expected.curve.get(key) != value]
+    for key in ("data_fingerprint", "engine", "world_size"):
+        then, now = getattr(found, key), getattr(expected, key)
+        if then != now:
+            changed.append(f"{key}: {then!r} then, {now!r} now")
+    if changed:
+        raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}. Put it back as it was, or give the run a new run.name")
+
+
+def _seal(directory: Path, state: RunState) -> None:
+    _write_durably(directory / "run_state.json", json.dumps(asdict(state), indent=2))
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)  # torch.save and safetensors disagree about modes
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    manifest = {str(file.relative_to(directory)): _describe(file) for file in files}
+    _write_durably(directory / "manifest.json", json.dumps(manifest, indent=2))
+    _sync_directory(directory)
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as handle:
+        while block := handle.read(2**24):
+            digest.update(block)
+    return {"size_bytes": file.stat().st_size, "xxh3": digest.hexdigest()}
+
+
+def _write_durably(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

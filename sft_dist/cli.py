@@ -1,0 +1,201 @@
+"""`sft-dist <verb>`: each verb imports only what it needs, so that `--help` is instant."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sft_dist import __version__
+from sft_dist.errors import SftDistError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; errors meant for the user become one line each on stderr and an exit code."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    verb: Callable[[argparse.Namespace], int] = arguments.verb
+    try:
+        return verb(arguments)
+    except SftDistError as error:
+        if os.environ.get("RANK", "0") == "0" or not _said_by_every_rank(error):
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their flags."""
+    parser = argparse.ArgumentParser(prog="sft-dist", description="Supervised fine-tuning of chat models with one loss curve on any number of devices.")
+    parser.add_argument("--version", action="version", version=f"sft-dist {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = _recipe_verb(verbs, "train", _train, "prepare, train and export; start it through accelerate launch or torchrun for many processes")
+    train.add_argument("--engine", help="shorthand for train.engine=...")
+    train.add_argument("--no-resume", action="store_true", help="refuse to go on from checkpoints that the run directory holds")
+    train.add_argument("--profile", action="store_true", help="profile steps 3 to 5 into <run>/profile")
+
+    _recipe_verb(verbs, "prepare", _prepare, "tokenise and verify the data of a recipe, without torch")
+
+    inspect = _recipe_verb(verbs, "inspect", _inspect, "show what is trained: prompt dimmed, trained tokens coloured")
+    inspect.add_argument("--example", type=int, action="append", help="which example, from 0; may be repeated (default: the first three)")
+    inspect.add_argument("--held-out", action="store_true", help="the held-out data instead of the training data")
+
+    config = verbs.add_parser("config", help="print the resolved recipe, or what comes with the package")
+    config.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
+    config.add_argument("overrides", nargs="*", metavar="key=value")
+    config.add_argument("--schema", action="store_true", help="print the recipe's JSON schema")
+    config.add_argument("--list", action="store_true", help="list the recipes that come with the package")
+    config.set_defaults(verb=_config)
+
+    generate = verbs.add_parser("generate", help="chat with an exported model")
+    generate.add_argument("model", type=Path, help="an exported model, e.g. runs/<name>/model")
+    generate.add_argument("--prompt", help="answer this one prompt; without it, read turns from the terminal")
+    generate.add_argument("--system", help="system prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.set_defaults(verb=_generate)
+
+    demo = verbs.add_parser("demo", help="the whole job on a CPU: data, tiny model, two processes with ZeRO-2, held-out scores, an answer")
+    demo.add_argument("--dir", type=Path, default=Path("demo"), help="where everything is written (default: ./demo)")
+    demo.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
+    demo.set_defaults(verb=_demo)
+    return parser
+
+
+def _recipe_verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, verb: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text)
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as qwen2.5-1.5b")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-5 batch.pack_tokens=8192")
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _recipe_path(name: str) -> Path:
+    """A file as it is; otherwise the shipped recipe of that name."""
+    from sft_dist import package_files
+
+    path = Path(name)
+    shipped = {recipe.stem: recipe for recipe in package_files.recipes()}
+    return path if path.exists() or name not in shipped else shipped[name]
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from sft_dist.config import load_recipe
+
+    overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
+    recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
+    from rich.console import Console
+
+    from sft_dist.engine.collectives import leave_process_group
+    from sft_dist.train import run
+
+    try:
+        result = run(recipe, console=Console(), resume=not arguments.no_resume, profile=arguments.profile)
+    finally:
+        leave_process_group()
+    if os.environ.get("RANK", "0") == "0":
+        if result.finished:
+            print(f"done: step {result.step}, model in {result.model_dir}")
+        else:
+            print(f"stopped on request after step {result.step}; the same command goes on from there")
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sft_dist.config import load_recipe
+    from sft_dist.data.inspect import show_summary
+    from sft_dist.data.prepare import open_or_prepare
+
+    recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
+    console = Console()
+    for name, sources in (("train", recipe.data.train), ("held out", recipe.data.held_out)):
+        if sources:
+            console.print(f"[bold]{name}[/bold]")
+            show_summary(open_or_prepare(recipe, sources, console=console), console)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sft_dist.config import load_recipe
+    from sft_dist.data.inspect import show_example, show_summary
+    from sft_dist.data.prepare import open_or_prepare
+    from sft_dist.errors import ConfigError
+
+    recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
+    sources = recipe.data.held_out if arguments.held_out else recipe.data.train
+    if not sources:
+        raise ConfigError("data.held_out is empty: there is nothing held out to inspect")
+    console = Console()
+    store = open_or_prepare(recipe, sources, console=console)
+    for index in arguments.example if arguments.example is not None else range(min(3, len(store))):
+        if not 0 <= index < len(store):
+            raise ConfigError(f"--example {index}: the store holds examples 0 to {len(store) - 1}")
+        show_example(store, index, console)
+    show_summary(store, console)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from sft_dist import package_files
+    from sft_dist.config import load_recipe, recipe_schema
+    from sft_dist.errors import ConfigError
+
+    if arguments.schema:
+        print(recipe_schema())
+    elif arguments.list:
+        print("\n".join(recipe.stem for recipe in package_files.recipes()))
+    elif arguments.recipe is None:
+        raise ConfigError("name a recipe, or use --schema or --list")
+    else:
+        print(load_recipe(_recipe_path(arguments.recipe), arguments.overrides).to_yaml(), end="")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from sft_dist.data.sources import Message
+    from sft_dist.generate import Answerer, Sampling
+
+    answerer = Answerer(arguments.model)
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+    history = [Message("system", arguments.system, train=False)] if arguments.system else []
+    while True:
+        try:
+            prompt = arguments.prompt if arguments.prompt is not None else input("> ")
+        except EOFError:
+            return 0
+        history.append(Message("user", prompt, train=False))
+        answer = next(answerer.answer([history], sampling=sampling))
+        print(answer, flush=True)
+        if arguments.prompt is not None:
+            return 0
+        history.append(Message("assistant", answer, train=False))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from sft_dist.demo_run import run_demo
+
+    return run_demo(arguments.dir, steps=arguments.steps)
+
+
+def _said_by_every_rank(error: SftDistError) -> bool:
+    """Recipe and data errors are found by all ranks alike; rank 0 says them for all."""
+    from sft_dist.errors import ConfigError, DataError
+
+    return isinstance(error, (ConfigError, DataError))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""The recipe: what is trained, on what, and how. One YAML file, validated before anything else runs.
+
+A recipe says nothing about processes and hosts (the launcher does) and nothing about ZeRO's
+buffer sizes (`configs/deepspeed/*.json` do). Unknown keys are refused with the nearest known name.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sft_dist.errors import ConfigError
+
+ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+EngineName = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+LossName = Literal["example_mean", "token_mean"]
+ScheduleName = Literal["cosine", "linear", "constant"]
+RowFormat = Literal["auto", "messages", "alpaca", "sharegpt"]
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _run_name(name: str) -> str:
+    if not RUN_NAME.fullmatch(name):
+        raise ValueError("use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 100 characters")
+    return name
+
+
+class Section(BaseModel):
+    """A part of the recipe. Frozen: a run never changes its own recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    name: Annotated[str, AfterValidator(_run_name)] = Field(description="the run's directory is dir/name")
+    dir: Path = Field(Path("runs"), description="where runs live")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds the draw order and every random number")
+
+    @property
+    def path(self) -> Path:
+        return self.dir / self.name
+
+
+class ModelSection(Section):
+    path: str = Field(description="a directory or a hub id, as `from_pretrained` takes it")
+    revision: str | None = Field(None, description="a hub commit, branch or tag")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; needs `revision`")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="compute dtype; auto: bf16 on GPU, fp32 on CPU. Master weights are fp32")
+    attention: Literal["auto", "flash_attention", "torch_varlen", "sdpa"] = Field(
+        "auto", description="the backend that keeps packed documents apart; auto takes the fastest that can run"
+    )
+    checkpointing: Literal["none", "full"] = Field("none", description="recompute activations in the backward to save memory")
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> "ModelSection":
+        if self.trust_remote_code and self.revision is None:
+            raise ValueError("model.trust_remote_code needs model.revision, so that the code that runs is the code you read")
+        return self
+
+
+class Source(Section):
+    path: str = Field(description="a file (.jsonl .json .parquet), a folder of such files, or a hub data set id")
+    format: RowFormat = Field("auto", description="auto recognises messages, Alpaca and ShareGPT from the rows")
+    weight: float = Field(1.0, gt=0, le=1000, description="copies of the source in an epoch: floor(weight), plus a seeded subset for the fraction")
+    split: str = Field("train", description="split of a hub data set")
+    revision: str | None = Field(None, description="revision of a hub data set")
+
+
+class DataSection(Section):
+    train: tuple[Source, ...] = Field(min_length=1, description="what is trained on")
+    held_out: tuple[Source, ...] = Field((), description="what the loss is measured on during the run; never trained")
+    max_tokens: int = Field(4096, ge=2, le=2**24, description="examples longer than this are too long; part of the data fingerprint")
+    too_long: Literal["drop", "error"] = Field("drop", description="drop: counted and reported")
+    bad_rows: Literal["error", "drop"] = Field("error", description="error: the first 20 bad rows are listed and nothing is trained")
+    chat_template: Path | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
+    store: Path | None = Field(None, description="where tokenised data is kept; default: <run.dir>/stores")
+    workers: int | None = Field(None, ge=1, le=1024, description="tokeniser processes; default: one per core")
+
+    @field_validator("train", "held_out", mode="before")
+    @classmethod
+    def _paths_are_sources(cls, value: Any) -> Any:
+        """Accept `train: data.jsonl` and `train: [a.jsonl, {path: b, weight: 2}]`."""
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        return tuple({"path": entry} if isinstance(entry, (str, Path)) else entry for entry in entries)
+
+
+class BatchSection(Section):
+    examples: int | None = Field(None, ge=1, description="examples in a step, over all ranks")
+    tokens: int | None = Field(None, ge=1, description="or: examples in draw order until this many tokens are reached")
+    pack_tokens: int | None = Field(None, ge=2, description="most tokens in one micro-batch; changes speed and memory, never the curve. Default: data.max_tokens")
+    packing: bool = Field(True, description="false: one example per micro-batch")
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "BatchSection":
+        if (self.examples is None) == (self.tokens is None):
+            raise ValueError("give either batch.examples or batch.tokens: one of them says what a step is")
+        return self
+
+
+class OptimSection(Section):
+    lr: float = Field(gt=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="the floor that cosine and linear schedules end at")
+    schedule: ScheduleName = "cosine"
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    weight_decay: float = Field(0.0, ge=0, description="not applied to norms and biases")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global L2 norm")
+
+    @model_validator(mode="after")
+    def _floor_below_peak(self) -> "OptimSection":
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr:g} is above optim.lr={self.lr:g}")
+        return self
+
+
+class TrainSection(Section):
+    epochs: int | None = Field(None, ge=1, description="passes over the draws; default 1 unless `steps` is given")
+    steps: int | None = Field(None, ge=1, description="or: stop after this many optimizer steps")
+    engine: EngineName = Field("auto", description="auto: single for one process, ddp for more")
+    deepspeed: Path | None = Field(None, description="a DeepSpeed file of ZeRO knobs to use instead of configs/deepspeed/<engine>.json")
+    eval_every: int | None = Field(None, ge=1, description="steps between held-out losses; also before step 1 and after the last")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; one is always made after the last step")
+    keep_checkpoints: int = Field(2, ge=1, description="older ones are deleted after a newer one is committed")
+    timeout_s: float = Field(1800.0, gt=0, description="longest wait in a collective, in seconds")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give either train.epochs or train.steps")
+        return self
+
+
+class WandbSection(Section):
+    project: str
+    mode: Literal["online", "offline"] = "online"
+
+
+class Recipe(Section):
+    """A whole recipe. `sft-dist config recipe.yaml` prints it with every default filled in."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    batch: BatchSection
+    loss: LossName = Field(
+        "example_mean",
+        description="example_mean: -1/N sum_i 1/|y_i| sum_t log P. token_mean: every trained token of the step counts the same",
+    )
+    optim: OptimSection
+    train: TrainSection = TrainSection()
+    wandb: WandbSection | None = None
+
+    @property
+    def pack_tokens(self) -> int:
+        return self.batch.pack_tokens or self.data.max_tokens
+
+    @property
+    def store_dir(self) -> Path:
+        return self.data.store or self.run.dir / "stores"
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `section.key=value` overrides, whose values are YAML too.
+
+    Raises ConfigError naming file, key, value and mend.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe; `sft-dist config --list` names those that come with the package") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections (run, model, data, ...), this is {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_recipe(raw, origin=str(path))
+
+
+def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
+    """Validate a recipe given as plain data. Raises ConfigError with one line per problem."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in _describe(error))) from None
+
+
+def recipe_schema() -> str:
+    """JSON schema of the recipe, for editors."""
+    return json.dumps(Recipe.model_json_schema(), indent=2)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. optim.lr=1e-5")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is not a section")
+    node[last] = parsed
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(location) or "recipe"
+        given = problem.get("input")
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+            mend = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known keys here: {', '.join(known)}"
+            yield f"unknown key {key!r} (value {given!r}); {mend}"
+        elif problem["type"] == "missing":
+            yield f"{key!r} is missing; every recipe needs it"
+        elif problem["type"] == "value_error":
+            reason = str(problem["ctx"]["error"])
+            yield f"{key}: {reason}" if isinstance(given, dict) else f"{key}={given!r}: {reason}"
+        else:
+            yield f"{key}={given!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        if part.isdigit():
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), section)
+    return list(section.model_fields)

@@ -1,0 +1,585 @@
+"""Conversation -> Example: one render of the chat template, one tokenisation, a verified mask.
+
+What is trained is what the model must write: everything after the generation prompt through the stop token, for every
+assistant turn. Turns are found in the *full* render, because the render of a prefix need not be a prefix of the
+render (Qwen3 drops the thinking of earlier turns): a private-use character at the end of each answer marks it, and the
+header that the template writes before an answer, learned once, gives its start.
+
+Needs `tokenizers` and `jinja2` only: transformers' AutoTokenizer would import torch into every tokeniser process.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import numpy as np
+import xxhash
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer
+
+from sft_dist.data.sources import BadRow, Conversation, Message, Origin
+from sft_dist.errors import ConfigError, DataError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Supplementary private-use planes: characters no text should hold. If a conversation does, the other plane is taken.
+SENTINEL_PLANES = (0xF0000, 0x100000)
+SENTINELS_PER_PLANE = 0xFFFE
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """input_ids: [L] int32. is_response: [L] bool, the tokens that are trained. Unshifted."""
+
+    input_ids: np.ndarray
+    is_response: np.ndarray
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Markers:
+    """What a template writes around an answer, learned from it by rendering a probe.
+
+    generation_prompt: what `add_generation_prompt` adds.
+    header: its beginning, as far as it also precedes the answers of earlier turns.
+    stops: the tokens that end an answer.
+    """
+
+    generation_prompt: str
+    header: str
+    stops: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A conversation as text. spans: [start, end) in characters of each trained answer, stop token included."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    answers: tuple[str, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A rendered conversation as tokens. ranges: [first, last) tokens of each trained answer."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    ranges: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> "_Tokens":
+        """Choose the tokens that overlap each span of characters.
+
+        Several byte-level tokens can share one character and its offsets; all of them overlap.
+        """
+        bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        firsts = np.searchsorted(bounds[:, 1], [start for start, _ in spans], side="right")
+        lasts = np.searchsorted(bounds[:, 0], [end for _, end in spans], side="left")
+        return cls(ids, offsets, [(int(first), int(last)) for first, last in zip(firsts, lasts, strict=True)])
+
+    def responses(self) -> list[list[int]]:
+        return [self.ids[first:last] for first, last in self.ranges]
+
+    def example(self, origin: Origin) -> Example:
+        is_response = np.zeros(len(self.ids), dtype=bool)
+        for first, last in self.ranges:
+            is_response[first:last] = True
+        return Example(np.asarray(self.ids, dtype=np.int32), is_response, origin)
+
+
+class _NotVerified(Exception):
+    """Says why a row cannot be masked; becomes a BadRow in `ChatTokenizer.encode`."""
+
+    def __init__(self, cause: str, reason: str) -> None:
+        super().__init__(reason)
+        self.cause, self.reason = cause, reason
+
+
+class ChatTokenizer:
+    """A tokenizer and its chat template. Make one with `load`."""
+
+    def __init__(self, files: Mapping[str, bytes], *, name: str, chat_template: str | None = None) -> None:
+        """files: name -> content of the tokenizer files. chat_template: replaces the files' own template."""
+        self.name = name
+        self._tokenizer = _parse_tokenizer(files, name)
+        config = _read_json(files, "tokenizer_config.json", name)
+        special_map = _read_json(files, "special_tokens_map.json", name)
+        template = chat_template if chat_template is not None else _own_template(files, config, name)
+        specials = _special_tokens(config, special_map)
+        self.added_chatml = template is None
+        self.added_token_ids: tuple[int, ...] = ()  # tokens that the model has never seen
+        if template is None:
+            template = CHATML
+            known = self._tokenizer.get_vocab_size(with_added_tokens=True)
+            specials |= _install_chatml(self._tokenizer, specials)
+            self.added_token_ids = tuple(range(known, self._tokenizer.get_vocab_size(with_added_tokens=True)))
+        self.template, self.specials = template, specials
+        self.files = _final_files(files, self._tokenizer if self.added_chatml else None, config, special_map, specials, template)
+        self._compiled = _compile(template, name)
+        self._encoder = _encoder(self._tokenizer)
+        self._added = {token.content: token.special for token in self._tokenizer.get_added_tokens_decoder().values()}
+        # Ids of control tokens, which no message may contain.
+        self.special_ids = frozenset(self._tokenizer.token_to_id(text) for text, special in self._added.items() if special)
+        self.markers = self._learn_markers()
+        self._template_stop_ids = frozenset(self._tokenizer.token_to_id(stop) for stop in self.markers.stops)
+        stops = _any_of(set(self.markers.stops)).pattern
+        self._stop = re.compile(rf"\s*({stops})")
+        self._stop_at_end = re.compile(rf"({stops})\Z")
+        self._control = _any_of({*(text for text, special in self._added.items() if special), *self.markers.stops})
+
+    @classmethod
+    def load(cls, path: str | Path, *, revision: str | None = None, chat_template: Path | None = None) -> "ChatTokenizer":
+        """Read the tokenizer of a model directory or hub id. Without any template, ChatML is installed: see `added_chatml`.
+
+        Raises ConfigError if there is no tokenizer.json, a file cannot be parsed, or the template cannot be used.
+        """
+        files = _read_files(path, revision)
+        return cls(files, name=str(path), chat_template=None if chat_template is None else _read_template(chat_template))
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that the embedding needs: the highest id + 1."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id_of("eos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._id_of("pad_token")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the template's stop tokens first, then eos."""
+        ids = [self._tokenizer.token_to_id(stop) for stop in self.markers.stops]
+        return tuple(dict.fromkeys([*ids, *([] if self.eos_id is None else [self.eos_id])]))
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of everything that decides ids and masks."""
+        digest = xxhash.xxh3_128()
+        for name in sorted(self.files):
+            digest.update(f"{name} {len(self.files[name])}\n".encode() + self.files[name])
+        return digest.hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer files; `load` and transformers' AutoTokenizer read them back to the same ids and renders."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The template's text for these messages. Raises DataError if the template refuses them."""
+        try:
+            return self._render([(message.role, message.content) for message in messages], add_generation_prompt)
+        except _NotVerified as error:
+            raise DataError(f"{self.name}: {error.reason}") from None
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids to generate from: the messages and the generation prompt. Raises DataError for a forged control token."""
+        try:
+            self._refuse_control_tokens(messages)
+        except _NotVerified as error:
+            raise DataError(f"{error.reason}; remove it from the message") from None
+        return self._encoder.encode(self.render(messages, add_generation_prompt=True), add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens included."""
+        return self._encoder.decode(list(ids), skip_special_tokens=False)
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Example | BadRow]:
+        """Tokenise and mask a batch, in order. A result is an Example only if its mask was verified; see `_verify`."""
+        results: list[Example | BadRow] = [self._mark_or_refuse(conversation) for conversation in conversations]  # type: ignore[misc]
+        rendered = [(index, result) for index, result in enumerate(results) if isinstance(result, _Rendered)]
+        encodings = self._encoder.encode_batch([item.text for _, item in rendered], add_special_tokens=False)
+        tokens = [_Tokens.of(encoding.ids, encoding.offsets, item.spans) for encoding, (_, item) in zip(encodings, rendered, strict=True)]
+        decoded = iter(self._encoder.decode_batch([ids for each in tokens for ids in each.responses()], skip_special_tokens=False))
+        for each, (index, item) in zip(tokens, rendered, strict=True):
+            texts = [next(decoded) for _ in each.ranges]
+            try:
+                self._verify(item, each, texts)
+                results[index] = each.example(item.origin)
+            except _NotVerified as error:
+                results[index] = BadRow(item.origin, error.cause, error.reason)
+        return results
+
+    # ------------------------------------------------------------ marking
+
+    def _mark_or_refuse(self, conversation: Conversation) -> _Rendered | BadRow:
+        try:
+            self._refuse_control_tokens(conversation.messages)
+            return self._mark(conversation)
+        except _NotVerified as error:
+            return BadRow(conversation.origin, error.cause, error.reason)
+
+    def _mark(self, conversation: Conversation) -> _Rendered:
+        """Render once with a sentinel at the end of each answer, and once without, to prove that it changed nothing else."""
+        messages = conversation.messages
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        sentinels = _free_sentinels(messages, len(turns))
+        marked = [[message.role, message.content] for message in messages]
+        for turn, sentinel in zip(turns, sentinels, strict=True):
+            marked[turn][1] = _append(messages[turn].content, sentinel)
+        text, positions = _take_out(self._render([(role, content) for role, content in marked]), sentinels)
+        if text != self._render([(message.role, message.content) for message in messages]):
+            raise _NotVerified("mask_not_verified", "the template renders an answer differently when its end is marked")
+        _check_nothing_dropped(messages, text)
+        spans, low = [], 0
+        for turn, position in zip(turns, positions, strict=True):
+            span = self._find_span(text, messages[turn].content, low=low, position=position)
+            low = span[1]
+            if messages[turn].train:
+                spans.append(span)
+        answers = tuple(message.content for message in messages if message.train)
+        return _Rendered(text, tuple(spans), answers, conversation.origin)
+
+    def _find_span(self, text: str, answer: str, *, low: int, position: int) -> tuple[int, int]:
+        """[start, end) of the answer that ends at `position` and lies after `low`: from the header through the stop token."""
+        header, prompt = self.markers.header, self.markers.generation_prompt
+        if header in answer:
+            raise _NotVerified("mask_not_verified", f"an answer contains {header!r}, by which the template announces an answer")
+        found = text.rfind(header, low, position)
+        if found < 0:
+            raise _NotVerified("mask_not_verified", f"the template writes an answer without {header!r} before it")
+        stop = self._stop.match(text, position)
+        if stop is None:
+            raise _NotVerified("mask_not_verified", f"no stop token follows an answer; expected {' or '.join(self.markers.stops)}")
+        # Templates that open a thinking block in the generation prompt leave it out before earlier answers.
+        start = found + len(prompt if text.startswith(prompt, found) else header)
+        return min(start, position), stop.end()
+
+    def _verify(self, item: _Rendered, tokens: "_Tokens", texts: Sequence[str]) -> None:
+        """Raise unless each masked span decodes to its text, holds the answer's words and ends in a stop token."""
+        if not tokens.ranges or tokens.ranges[0][0] == 0:
+            raise _NotVerified("mask_not_verified", "the first token would be a response; it has nothing before it to be predicted from")
+        for (first, last), (start, end), answer, decoded in zip(tokens.ranges, item.spans, item.answers, texts, strict=True):
+            if first >= last or tokens.ids[last - 1] not in self._template_stop_ids:
+                raise _NotVerified("mask_not_verified", "a response does not end in a stop token")
+            # A token may begin in the white space that ends the generation prompt: "\n" + "\nyes" is one "\n\n".
+            begin = min(start, tokens.offsets[first][0])
+            if item.text[begin:start].strip():
+                raise _NotVerified("mask_not_verified", f"a token joins {item.text[begin:start]!r} of the prompt with the response")
+            span = item.text[begin:end]
+            if not self._same_text(decoded, span):
+                raise _NotVerified("mask_not_verified", f"the trained tokens decode to {_clip(decoded)}, not {_clip(span)}")
+            body = self._stop_at_end.sub("", span).rstrip()
+            if not body.endswith(_words(answer)):
+                raise _NotVerified("mask_not_verified", f"the response {_clip(body)} does not end with the answer {_clip(_words(answer))}")
+
+    def _same_text(self, decoded: str, span: str) -> bool:
+        return decoded == span or self._canonical(decoded) == self._canonical(span)
+
+    def _canonical(self, text: str) -> str:
+        """Text up to what the tokenizer itself does not keep: Unicode normal form and SentencePiece's leading space."""
+        normalizer = self._tokenizer.normalizer
+        if normalizer is None:
+            return text
+        return normalizer.normalize_str(text).replace("\u2581", " ").strip()
+
+    # ------------------------------------------------------------ template
+
+    def _render(self, turns: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return self._compiled.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.specials
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise _NotVerified("template_refused", f"the chat template refuses this conversation: {_clip(str(error))}") from None
+
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        for index, message in enumerate(messages):
+            if found := self._control.search(message.content):
+                raise _NotVerified(
+                    "control_token",
+                    f"turn {index + 1} ({message.role}) contains {found.group()!r}, which would become a control token",
+                )
+
+    def _learn_markers(self) -> Markers:
+        """Render a probe and read off what surrounds answers. Raises ConfigError for a template that shows no such thing."""
+        ask, answer, mark = "Probe question?", "Probe answer.", chr(SENTINEL_PLANES[0])
+        try:
+            prefix = self._render([("user", ask)])
+            prompted = self._render([("user", ask)], add_generation_prompt=True)
+            turns = [("user", ask), ("assistant", answer + mark)] * 2
+            full = self._render(turns)
+        except _NotVerified as error:
+            raise ConfigError(f"{self.name}: {error.reason}; give another template in data.chat_template") from None
+        # Some templates have no generation prompt of their own: what ends the question then announces the answer.
+        prompt = prompted[len(prefix) :] if prompted.startswith(prefix) else ""
+        prompt = prompt or prompted[prompted.rfind(ask) + len(ask) :]
+        ends = [match.start() for match in re.finditer(mark, full)]
+        if len(ends) != 2 or ask not in prompted:
+            raise ConfigError(f"{self.name}: the chat template does not render each answer once; give another in data.chat_template")
+        header = min((_header_before(full, ask, answer, end, prompt) for end in ends), key=len)
+        stops = [self._stop_after(full, end + 1) for end in ends]
+        if not header.strip() or None in stops:
+            raise ConfigError(self._no_markers(header, stops))
+        return Markers(prompt, header, tuple(sorted(set(filter(None, stops)))))
+
+    def _stop_after(self, text: str, position: int) -> str | None:
+        match = re.compile(rf"\s*({_any_of(set(self._added)).pattern})").match(text, position)
+        return match.group(1) if match else None
+
+    def _no_markers(self, header: str, stops: Sequence[str | None]) -> str:
+        missing = "writes nothing before an answer" if not header.strip() else "ends answers with no special token of this tokenizer"
+        return (
+            f"{self.name}: the chat template {missing}, so answers have no {'start' if not header.strip() else 'end'} that a model "
+            "could learn; give a template in data.chat_template that fits the tokenizer"
+        )
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.specials.get(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
+
+
+# ---------------------------------------------------------------- spans
+
+
+def _header_before(full: str, ask: str, answer: str, end: int, prompt: str) -> str:
+    """The longest beginning of the generation prompt that stands between question and answer, "" if none does."""
+    begin = full.rfind(answer, 0, end)
+    between = full[full.rfind(ask, 0, begin) + len(ask) : begin]
+    return next((prompt[:size] for size in range(len(prompt), 0, -1) if prompt[:size] in between), "")
+
+
+def _free_sentinels(messages: Sequence[Message], count: int) -> list[str]:
+    """`count` characters that occur in no message. Raises _NotVerified if both private-use planes are taken."""
+    text = "".join(message.content for message in messages)
+    for plane in SENTINEL_PLANES:
+        if count <= SENTINELS_PER_PLANE and not re.search(f"[{chr(plane)}-{chr(plane + SENTINELS_PER_PLANE - 1)}]", text):
+            return [chr(plane + index) for index in range(count)]
+    raise _NotVerified("mask_not_verified", "contains private-use characters of both supplementary planes, which mark answers here")
+
+
+def _append(content: str, sentinel: str) -> str:
+    """Put the sentinel after the last word, before trailing white space: a template's `trim` must still see the white space."""
+    body = content.rstrip()
+    return body + sentinel + content[len(body) :]
+
+
+def _take_out(marked: str, sentinels: Sequence[str]) -> tuple[str, list[int]]:
+    """The text without sentinels, and where each of them stood in that text."""
+    positions = [marked.find(sentinel) for sentinel in sentinels]
+    if -1 in positions or positions != sorted(positions) or any(marked.count(sentinel) != 1 for sentinel in sentinels):
+        raise _NotVerified("mask_not_verified", "the template does not render each answer once and in order")
+    pieces = re.split("|".join(sentinels), marked) if sentinels else [marked]
+    return "".join(pieces), [position - index for index, position in enumerate(positions)]
+
+
+def _check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
+    for index, message in enumerate(messages):
+        if message.role != "assistant" and message.content.strip() not in text:
+            raise _NotVerified("message_dropped", f"the template leaves out or rewrites turn {index + 1} ({message.role})")
+
+
+def _words(answer: str) -> str:
+    """The part of an answer that every template keeps: templates may move or drop the thinking before it."""
+    return answer.rpartition("</think>")[2].strip()
+
+
+def _any_of(texts: set[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first; never matches if there are none."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))) or r"(?!)")
+
+
+def _clip(text: str, limit: int = 80) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "…")
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read_files(path: str | Path, revision: str | None) -> dict[str, bytes]:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _download(str(path), revision)
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if "tokenizer.json" not in files:
+        raise ConfigError(
+            f"{path}: no tokenizer.json, which model.path must hold; make one with "
+            f"`AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(...)` and give that directory"
+        )
+    return files
+
+
+def _download(path: str, revision: str | None) -> Path:
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ConfigError(f"model.path={path!r}: no such directory (looked in {Path.cwd()})")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ConfigError(f"model.path={path!r}: neither a directory nor a hub model that can be fetched: {cause}") from None
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template={str(path)!r} cannot be read: {error}; give a Jinja file") from None
+
+
+def _parse_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+    except Exception as error:  # noqa: BLE001  `tokenizers` raises bare Exception for any malformed file
+        raise ConfigError(f"{name}/tokenizer.json cannot be read: {error}") from None
+
+
+def _read_json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(files.get(file, b"{}"))
+    except ValueError as error:
+        raise ConfigError(f"{name}/{file} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}/{file}: expected an object, got {type(found).__name__}")
+    return found
+
+
+def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens as text. They are given as a string or as an object with `content`."""
+    found = {}
+    for name in SPECIAL_NAMES:
+        value = config.get(name) or special_map.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _own_template(files: Mapping[str, bytes], config: Mapping[str, Any], name: str) -> str | None:
+    """The template that comes with the tokenizer, in the order in which transformers looks for it."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8")
+    for found in (_read_json(files, "chat_template.json", name).get("chat_template"), config.get("chat_template")):
+        if isinstance(found, list):
+            found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _install_chatml(tokenizer: Tokenizer, specials: Mapping[str, str]) -> dict[str, str]:
+    """Add ChatML's control tokens where absent. Returns the special tokens that change: eos and, if there was none, pad.
+
+    pad differs from eos if any other special token exists: a pad that is eos tempts code to mask the stop token.
+    """
+    before = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (IM_START, IM_END)])
+    candidates = [specials.get("pad_token"), specials.get("eos_token"), *before, IM_START]
+    usable = [text for text in candidates if text and text != IM_END and tokenizer.token_to_id(text) is not None]
+    return {"eos_token": IM_END, "pad_token": usable[0]}
+
+
+def _final_files(
+    files: Mapping[str, bytes],
+    changed: Tokenizer | None,
+    config: Mapping[str, Any],
+    special_map: Mapping[str, Any],
+    specials: Mapping[str, str],
+    template: str,
+) -> dict[str, bytes]:
+    """The files to save: as read, but for the template in its own file and, if tokens were added, what names them."""
+    config = {key: value for key, value in config.items() if key != "chat_template"}
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    final = {name: content for name, content in files.items() if name != "chat_template.json"}
+    if changed is not None:
+        final["tokenizer.json"] = changed.to_str(pretty=True).encode("utf-8")
+        config |= {name: specials[name] for name in ("eos_token", "pad_token")}
+        ids = {text: changed.token_to_id(text) for text in (IM_START, IM_END)}
+        if "added_tokens_decoder" in config:
+            config["added_tokens_decoder"] = config["added_tokens_decoder"] | {str(ids[text]): _added_entry(text) for text in ids}
+        if "special_tokens_map.json" in files:
+            final["special_tokens_map.json"] = _to_json({**special_map, **{n: specials[n] for n in ("eos_token", "pad_token")}})
+        if "added_tokens.json" in files:
+            final["added_tokens.json"] = _to_json(json.loads(files["added_tokens.json"]) | ids)
+    final["tokenizer_config.json"] = _to_json(config)
+    final["chat_template.jinja"] = template.encode("utf-8")
+    return final
+
+
+def _added_entry(text: str) -> dict[str, Any]:
+    return {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _encoder(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy for encoding whole renders: no truncation, no padding, and offsets that keep white space.
+
+    A byte-level post-processor may trim offsets, which would hide tokens of white space from the mask. Everything else it
+    does is add special tokens, which the template writes itself.
+    """
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.post_processor = None
+    return copy
+
+
+# ---------------------------------------------------------------- Jinja
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`: rendered as its body."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def _compile(template: str, name: str) -> jinja2.Template:
+    """Compile in the sandbox and with the names that transformers gives templates, which are code from strangers."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _template_json
+    environment.globals["raise_exception"] = _template_raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"{name}: the chat template has a syntax error in line {error.lineno}: {error.message}") from None
+
+
+def _template_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _template_raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,72 @@
+"""The process group, and the two things ranks tell each other besides gradients."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sft_dist.errors import BackendError
+from sft_dist.world import World
+
+
+def choose_device(world: World) -> torch.device:
+    """This rank's GPU, or the CPU when there is none. Raises BackendError when there are more ranks than GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise BackendError(
+            f"local rank {world.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+            "start at most that many processes, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_process_group(world: World, device: torch.device, *, timeout_s: float, needed: bool) -> None:
+    """Form the group and prove that all ranks are in it. A no-op when it exists, and for one process unless `needed`.
+
+    Raises BackendError when the all-reduce of 1 is not the world size.
+    """
+    if dist.is_initialized() or (world.size == 1 and not needed):
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    # DeepSpeed makes subgroups without passing a timeout on; they take this default (30 minutes otherwise).
+    dist.distributed_c10d.default_pg_timeout = timeout
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:
+        # Libraries read these even for a world of one; nothing listens, the store is in this process.
+        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            os.environ.setdefault(key, value)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    counted = int(sum_over_ranks(torch.ones((), device=device)))
+    if counted != world.size:
+        raise BackendError(f"an all-reduce of 1 gave {counted}, the launcher says WORLD_SIZE={world.size}; the ranks do not form one group")
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum over all ranks, the same on each."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank when it is true on one."""
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def barrier(device: torch.device) -> None:
+    """Return once every rank is here."""
+    sum_over_ranks(torch.zeros((), device=device)).item()
+
+
+def leave_process_group() -> None:
+    """Leaving without this aborts now and then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,55 @@
+"""What the training loop needs of an engine, and nothing more."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sft_dist.data.batch import MicroBatch
+from sft_dist.model.load import PackedModel
+from sft_dist.world import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: global L2 norm before clipping. applied: False when it was not finite and no rank updated."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """Sums gradients over micro-batches and ranks, and applies one update a step.
+
+    `loss = engine(micro)` is this rank's share of the global loss; shares are summed, never averaged.
+    Every rank makes the same calls in the same order.
+    """
+
+    name: str
+    world: World
+    device: torch.device
+    model: PackedModel
+
+    def __call__(self, micro: MicroBatch) -> Tensor: ...
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Spans forward and backward of one micro-batch; the last one of a step triggers what reduction is due."""
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self, *, lr: float) -> StepResult:
+        """Clip by global norm and update; withheld on all ranks when the norm is not finite."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole weights in compute dtype under the causal model's own names, on the host; empty on ranks above 0."""
+
+    def save(self, directory: Path) -> None:
+        """Write weights and optimizer state so that `load` restores them bit for bit at this world size."""
+
+    def load(self, directory: Path) -> None: ...
+
+    def close(self) -> None:
+        """Free what the engine holds; the process group stays."""

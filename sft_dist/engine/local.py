@@ -1,0 +1,134 @@
+"""Engines `single` and `ddp`: every rank holds the whole model, gradients are summed once a step.
+
+Not torch's DistributedDataParallel: it keeps and reduces gradients in the parameters' dtype, so bf16 gradients
+would be accumulated over micro-batches in bf16. Here they are accumulated and reduced in fp32:
+
+    bf16 weights --backward--> bf16 gradient --add--> fp32 sum --all-reduce--> AdamW on fp32 master --> bf16 weights
+
+With fp32 weights, weights and master are one and the same tensor.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sft_dist.config import OptimSection
+from sft_dist.data.batch import MicroBatch
+from sft_dist.engine.collectives import sum_over_ranks
+from sft_dist.engine.interface import StepResult
+from sft_dist.model.load import PackedModel
+from sft_dist.optim import build_adamw, needs_decay
+from sft_dist.world import World
+
+BUCKET_ELEMENTS = 64 * 2**20
+"""Gradients are reduced in flat buckets of at most this many fp32 elements (256 MiB)."""
+
+STATE_FILE = "state.safetensors"
+
+
+class LocalEngine:
+    """Replicated data parallelism; with one process, plain training. Implements `Engine`."""
+
+    def __init__(self, model: PackedModel, *, name: str, world: World, device: torch.device, optim: OptimSection) -> None:
+        self.name, self.world, self.device, self.model = name, world, device, model
+        self._max_grad_norm = optim.max_grad_norm
+        self._weights = {n: p for n, p in model.causal_lm.named_parameters() if p.requires_grad}
+        self._masters = {n: self._master_of(p) for n, p in self._weights.items()}
+        decayed = {n for n, p in self._weights.items() if needs_decay(n, p.ndim)}
+        self._optimizer = build_adamw(
+            (p for n, p in self._masters.items() if n in decayed),
+            (p for n, p in self._masters.items() if n not in decayed),
+            optim=optim,
+            fused=device.type == "cuda",
+        )
+
+    def __call__(self, micro: MicroBatch) -> Tensor:
+        return self.model(micro)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def accumulate(self, *, is_last: bool) -> Iterator[None]:
+        yield  # gradients add up where they are; the one reduction is in `step`
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    @torch.no_grad()
+    def step(self, *, lr: float) -> StepResult:
+        masters = [master for master in self._masters.values() if master.grad is not None]
+        grads = [master.grad for master in masters]
+        if self.world.size > 1:
+            _sum_in_buckets(grads)
+        norm = nn.utils.get_total_norm(grads)
+        grad_norm = float(norm)
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            nn.utils.clip_grads_with_norm_(masters, self._max_grad_norm, norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self._round_masters()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm, applied)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if not self.world.is_main:
+            return {}
+        return {name: value.detach().cpu() for name, value in self.model.causal_lm.state_dict().items()}
+
+    def save(self, directory: Path) -> None:
+        # Every rank holds the same state, so one copy is the whole of it.
+        if self.world.is_main:
+            tensors = {f"master.{n}": p.detach() for n, p in self._masters.items()}
+            for name, master in self._masters.items():
+                tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state[master].items()}
+            safetensors.torch.save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, directory / STATE_FILE)
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        tensors = safetensors.torch.load_file(directory / STATE_FILE)
+        for name, master in self._masters.items():
+            master.copy_(tensors[f"master.{name}"])
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"{key}.{name}")
+                if value is not None:
+                    on_device = key != "step" or self._optimizer.defaults["fused"]
+                    self._optimizer.state[master][key] = value.to(self.device) if on_device else value
+        self._round_masters()
+
+    def close(self) -> None:
+        pass
+
+    def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
+        if weight.dtype == torch.float32:
+            return weight
+        master = nn.Parameter(weight.detach().float())
+
+        def add_to_master(of: Tensor) -> None:
+            assert of.grad is not None
+            master.grad = of.grad.float() if master.grad is None else master.grad.add_(of.grad)
+            of.grad = None
+
+        weight.register_post_accumulate_grad_hook(add_to_master)
+        return master
+
+    def _round_masters(self) -> None:
+        for name, weight in self._weights.items():
+            if weight is not self._masters[name]:
+                weight.copy_(self._masters[name])
+
+
+def _sum_in_buckets(grads: list[Tensor]) -> None:
+    """All-reduce the gradients in place, in a few large messages."""
+    bucket: list[Tensor] = []
+    for index, grad in enumerate(grads):
+        bucket.append(grad)
+        is_last = index == len(grads) - 1
+        if is_last or sum(g.numel() for g in bucket) + grads[index + 1].numel() > BUCKET_ELEMENTS:
+            flat = sum_over_ranks(torch.cat([g.reshape(-1) for g in bucket]))
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(part.view_as(g))
+            bucket = []

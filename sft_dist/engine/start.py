@@ -1,0 +1,48 @@
+"""From an engine's name to a running engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sft_dist import package_files
+from sft_dist.config import Recipe
+from sft_dist.engine.collectives import choose_device, join_process_group
+from sft_dist.engine.interface import Engine
+from sft_dist.engine.local import LocalEngine
+from sft_dist.engine.zero import read_zero_knobs, start_zero
+from sft_dist.errors import ConfigError
+from sft_dist.model.load import PackedModel
+from sft_dist.world import World
+
+
+def resolve_engine(name: str, *, world: World) -> str:
+    """`auto` becomes single or ddp. Raises ConfigError for `single` in a world of many."""
+    if name == "auto":
+        return "single" if world.size == 1 else "ddp"
+    if name == "single" and world.size > 1:
+        raise ConfigError(f"train.engine=single was started as {world.size} processes; use ddp or a zero engine, or start one process")
+    return name
+
+
+def zero_file(recipe: Recipe, engine: str) -> Path:
+    """The DeepSpeed file of a zero engine: the recipe's own, or configs/deepspeed/<engine>.json."""
+    return recipe.train.deepspeed or package_files.find(f"deepspeed/{engine}.json")
+
+
+def start_engine(
+    recipe: Recipe, *, name: str, world: World, dtype: torch.dtype, device: torch.device, load_model: Callable[[], PackedModel]
+) -> Engine:
+    """Join the process group, load the model and wrap it.
+
+    name: an engine other than `auto`. load_model is called after the group exists: ZeRO-3 shards what it reads.
+    """
+    is_zero = name.startswith("zero")
+    knobs = read_zero_knobs(zero_file(recipe, name), engine=name) if is_zero else {}
+    join_process_group(world, device, timeout_s=recipe.train.timeout_s, needed=is_zero)
+    if is_zero:
+        return start_zero(load_model, name=name, world=world, device=device, dtype=dtype, optim=recipe.optim, knobs=knobs)
+    return LocalEngine(load_model(), name=name, world=world, device=device, optim=recipe.optim)
+
+
+__all__ = ["choose_device", "resolve_engine", "start_engine", "zero_file"]

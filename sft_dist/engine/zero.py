@@ -1,0 +1,182 @@
+"""Engines `zero1`, `zero2`, `zero3` and their offloads: DeepSpeed, called directly.
+
+Not through Accelerate: its wrapper steps inside `backward`, divides the loss by its own accumulation count, and
+on a CPU does not form the process group. Here the loss is multiplied by the world size, because DeepSpeed averages
+over ranks, and nothing else scales it: shares are summed.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sft_dist.config import OptimSection
+from sft_dist.data.batch import MicroBatch
+from sft_dist.engine.interface import StepResult
+from sft_dist.errors import BackendError, ConfigError
+from sft_dist.model.load import PackedModel
+from sft_dist.optim import build_adamw, needs_decay
+from sft_dist.world import World
+
+STATE_TAG = "deepspeed"
+RECIPE_KEYS = {
+    "train_batch_size": "batch.examples",
+    "train_micro_batch_size_per_gpu": "batch.pack_tokens",
+    "gradient_accumulation_steps": "batch.pack_tokens",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+def read_zero_knobs(path: Path, *, engine: str) -> dict[str, Any]:
+    """A DeepSpeed file of ZeRO knobs. Raises ConfigError when it says what the recipe says, naming both keys."""
+    try:
+        knobs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a DeepSpeed file: {error}") from None
+    for key in knobs:
+        if key in RECIPE_KEYS:
+            raise ConfigError(f"{path}: {key!r} belongs to the recipe, as {RECIPE_KEYS[key]}; remove it: this file holds ZeRO knobs only")
+    stage = knobs.get("zero_optimization", {}).get("stage")
+    if f"zero{stage}" != engine.split("_")[0]:
+        raise ConfigError(f"{path}: zero_optimization.stage={stage} contradicts train.engine={engine}; change one of them")
+    return knobs
+
+
+def start_zero(
+    load_model: Callable[[], PackedModel],
+    *,
+    name: str,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    optim: OptimSection,
+    knobs: dict[str, Any],
+) -> "ZeroEngine":
+    """Load the model, sharded while it is read under ZeRO-3, and hand it to DeepSpeed."""
+    deepspeed = _import_deepspeed(device)
+    config = _full_config(knobs, world=world, dtype=dtype, optim=optim)
+    # transformers reads this object while it lives: from_pretrained then partitions each weight as it is read.
+    partitioning = _hf_deepspeed_config(config) if config["zero_optimization"]["stage"] == 3 else None
+    model = load_model()
+    del partitioning
+    named = [(n, p) for n, p in model.causal_lm.named_parameters() if p.requires_grad]
+    decays = {n: needs_decay(n, len(getattr(p, "ds_shape", p.shape))) for n, p in named}
+    offloads = "offload_optimizer" in config["zero_optimization"]
+    optimizer = build_adamw(
+        (p for n, p in named if decays[n]),
+        (p for n, p in named if not decays[n]),
+        optim=optim,
+        fused=device.type == "cuda" and not offloads,
+    )
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    # DeepSpeed casts buffers along with bf16 weights; rotary frequencies in bf16 would bend far positions.
+    for n, buffer in model.named_buffers():
+        buffer.data = buffers[n].to(buffer.device)
+    return ZeroEngine(engine, model, name=name, world=world, device=device)
+
+
+class ZeroEngine:
+    """A DeepSpeed engine that sums. Implements `Engine`."""
+
+    def __init__(self, engine: Any, model: PackedModel, *, name: str, world: World, device: torch.device) -> None:
+        self.name, self.world, self.device, self.model = name, world, device, model
+        self.deepspeed = engine
+
+    def __call__(self, micro: MicroBatch) -> Tensor:
+        return self.deepspeed(micro)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def accumulate(self, *, is_last: bool) -> Iterator[None]:
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def step(self, *, lr: float) -> StepResult:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        return StepResult(float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        causal_lm = self.model.causal_lm
+        whole: dict[int, Tensor] = {}
+        for parameter in causal_lm.parameters():
+            # One parameter at a time: no rank ever holds the whole model on its device.
+            gathered = deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
+            with gathered:
+                if self.world.is_main:
+                    whole[id(parameter)] = parameter.detach().cpu().clone()
+        if not self.world.is_main:
+            return {}
+        names = causal_lm.named_parameters(remove_duplicate=False)
+        persistent = {n: b.detach().cpu() for n, b in causal_lm.named_buffers() if n in causal_lm.state_dict()}
+        return {name: whole[id(parameter)] for name, parameter in names} | persistent
+
+    def save(self, directory: Path) -> None:
+        self.deepspeed.save_checkpoint(str(directory), tag=STATE_TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        self.deepspeed.load_checkpoint(str(directory), tag=STATE_TAG, load_lr_scheduler_states=False)
+
+    def close(self) -> None:
+        self.deepspeed.destroy()
+
+
+def _full_config(knobs: dict[str, Any], *, world: World, dtype: torch.dtype, optim: OptimSection) -> dict[str, Any]:
+    """The knobs, completed with what the recipe decides. Accumulation stays 1: the loop says which micro-batch is last."""
+    config = knobs | {
+        "train_batch_size": world.size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.max_grad_norm,
+        # Offloaded states are updated by torch's AdamW unless the file asks for DeepSpeed's own, which needs a compiler.
+        "zero_force_ds_cpu_optimizer": knobs.get("zero_force_ds_cpu_optimizer", False),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+    }
+    if dtype == torch.bfloat16:
+        config |= {
+            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return config
+
+
+def _hf_deepspeed_config(config: dict[str, Any]) -> object:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, and on a CPU without the compiler that its shared-memory collectives ask for."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise BackendError(f"the ZeRO engines need the package deepspeed: {error}; pip install 'sft_dist[deepspeed]' or use train.engine: ddp") from None
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Every start would compile it (a minute, or a failure without ninja), for inference only.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed

@@ -1,0 +1,62 @@
+"""The held-out loss: the training loss over a whole held-out set, whatever the batching and the rank count."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sft_dist.config import LossName
+from sft_dist.data.batch import build_micro_batch, token_weights
+from sft_dist.data.schedule import CostModel, spread
+from sft_dist.data.store import TokenStore
+from sft_dist.engine.collectives import sum_over_ranks
+from sft_dist.engine.interface import Engine
+from sft_dist.model.load import PackedModel
+
+
+@contextmanager
+def evaluating(model: PackedModel) -> Iterator[None]:
+    """Dropout and checkpointing off, no gradients; the model is as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """A store that is only measured, laid out once for this world.
+
+    `loss_of(engine)` is -sum w log P over every response token, with the weights that `loss` gives the set
+    as one global batch.
+    """
+
+    store: TokenStore
+    loss: LossName
+    pack_tokens: int | None
+    cost: CostModel
+
+    def loss_of(self, engine: Engine) -> float:
+        """Held-out loss in nats, the same on every rank. Touches neither gradients nor random state."""
+        store, rank = self.store, engine.world.rank
+        ids = np.arange(len(store))
+        weights = token_weights(np.asarray(store.num_responses), loss=self.loss)
+        weight_of = dict(enumerate(weights.tolist()))
+        micro_steps, _ = spread(
+            ids,
+            lengths=store.lengths,
+            num_responses=store.num_responses,
+            world_size=engine.world.size,
+            pack_tokens=self.pack_tokens,
+            cost=self.cost,
+        )
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        with evaluating(engine.model):
+            for row in micro_steps:
+                total += engine(build_micro_batch(store, row[rank], weight_of, is_last=False).to(engine.device))
+        return float(sum_over_ranks(total))

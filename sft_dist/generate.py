@@ -1,0 +1,67 @@
+"""Answers from an exported model, with exactly the template and the stop tokens of training."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from sft_dist.data.chat import ChatTokenizer
+from sft_dist.data.sources import Message
+from sft_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy. max_new_tokens: the longest answer."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+class Answerer:
+    """A model directory in Hugging Face format, ready to answer."""
+
+    def __init__(self, model_dir: Path, *, device: torch.device | None = None) -> None:
+        """Raises ConfigError when the directory holds no model."""
+        if not (model_dir / "config.json").is_file():
+            raise ConfigError(f"{model_dir}: no model here (config.json is missing); a finished run exports to runs/<name>/model")
+        self.tokenizer = ChatTokenizer.load(str(model_dir))
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        # sdpa honours the padding mask, so a prompt is answered alike alone and in a batch.
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
+        self.model.to(self.device).eval()
+
+    def answer(self, conversations: Sequence[Sequence[Message]], *, sampling: Sampling, batch_size: int = 64) -> Iterator[str]:
+        """The next assistant turn of each conversation, in order."""
+        prompts = [self.tokenizer.encode_prompt(messages) for messages in conversations]
+        for start in range(0, len(prompts), batch_size):
+            yield from self._answer_batch(prompts[start : start + batch_size], sampling)
+
+    @torch.no_grad()
+    def _answer_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+        longest = max(len(prompt) for prompt in prompts)
+        # Padding goes in front and is masked by length, whatever its id.
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+            mask[row, longest - len(prompt) :] = 1
+        stops = self.tokenizer.stop_ids
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=list(stops),
+            pad_token_id=self.tokenizer.pad_id if self.tokenizer.pad_id is not None else stops[0],
+            **sampled,
+        )
+        output = self.model.generate(ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
+        return [self._until_stop(row.tolist(), set(stops)) for row in output[:, longest:]]
+
+    def _until_stop(self, ids: list[int], stops: set[int]) -> str:
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        return self.tokenizer.tokenizer.decode(ids[:end], skip_special_tokens=False)

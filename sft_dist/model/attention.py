@@ -1,0 +1,184 @@
+"""Attention that keeps packed documents apart, behind transformers' attention interface.
+
+A pack is one row of T tokens holding S documents; `cu_seqlens` says where they begin. Every backend here
+takes those bounds explicitly. Nothing is inferred from position_ids, no mask is built, and no cache: a
+backend without document bounds would let documents read each other without a warning.
+
+    T = packed tokens, S = documents, Hq/Hk = query/key heads, D = head dimension
+"""
+
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from sft_dist.data.batch import MicroBatch
+from sft_dist.errors import BackendError
+
+logger = logging.getLogger(__name__)
+
+DocumentAttention = Callable[..., Tensor]
+"""(q [T,Hq,D], k [T,Hk,D], v [T,Hk,D], *, cu_seqlens, max_seqlen, document_lengths, scale, window) -> [T,Hq,D], causal."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to attend per document. `why_not(device, dtype)` is None where it can run, else the reason."""
+
+    name: str
+    attend: DocumentAttention
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+
+
+def _attend_flash(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, **_: Any
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    left = -1 if window is None else window - 1
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out: Tensor = flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scale, causal=True, window_size=(left, 0))
+    return out
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, **_: Any
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = -1 if window is None else window - 1
+    grouped = {"enable_gqa": True} if _varlen_takes_gqa() and q.shape[1] != k.shape[1] else {}
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out: Tensor = varlen_attn(q, k, v, *bounds, scale=scale, window_size=(left, 0), **grouped)
+    return out
+
+
+@cache
+def _varlen_takes_gqa() -> bool:
+    """torch 2.11 takes unequal head counts as they come; from 2.12 on they must be announced."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, document_lengths: tuple[int, ...], scale: float, window: int | None, **_: Any
+) -> Tensor:
+    """One SDPA call per document: exact, and never a T x T mask."""
+    documents = zip(q.split(document_lengths), k.split(document_lengths), v.split(document_lengths), strict=True)
+    return torch.cat([_attend_document(*qkv, scale=scale, window=window) for qkv in documents])
+
+
+def _attend_document(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1,H,L,D]
+    length = q.shape[2]
+    mask = None
+    if window is not None and length > window:
+        distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+        mask = (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def _needs_half_precision_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bf16 or fp16, this run computes in {dtype}"
+    return None
+
+
+def _why_not_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    return _needs_half_precision_gpu(device, dtype)
+
+
+def _why_not_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "this torch has no torch.nn.attention.varlen"
+    return _needs_half_precision_gpu(device, dtype)
+
+
+# In the order in which `auto` prefers them.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("flash_attention", _attend_flash, _why_not_flash),
+        Backend("torch_varlen", _attend_varlen, _why_not_varlen),
+        Backend("sdpa", _attend_sdpa, lambda _device, _dtype: None),
+    )
+}
+
+
+def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend called `name`, or for `auto` the first that can run here; the choice is logged.
+
+    Raises BackendError when a named one cannot run, or cannot keep documents apart.
+    """
+    if name == "auto":
+        backend = next(b for b in BACKENDS.values() if b.why_not(device, dtype) is None)
+        logger.info("attention: auto chose %s for %s on %s", backend.name, dtype, device.type)
+        return backend
+    if name not in BACKENDS:
+        raise BackendError(
+            f"model.attention={name!r} does not keep the documents of a pack apart; use one of auto, {', '.join(BACKENDS)}"
+        )
+    reason = BACKENDS[name].why_not(device, dtype)
+    if reason is not None:
+        raise BackendError(f"model.attention={name!r} cannot run here: {reason}; use model.attention: auto")
+    return BACKENDS[name]
+
+
+def register(backend: Backend) -> str:
+    """Make the backend known to transformers and return the `attn_implementation` that selects it.
+
+    No mask function is registered under the same name, so the model builds no mask at all.
+    """
+
+    def attention_forward(
+        module: nn.Module,
+        query: Tensor,  # [1,Hq,T,D]
+        key: Tensor,  # [1,Hk,T,D]
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        document_bounds: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if document_bounds is None or attention_mask is not None or query.shape[0] != 1:
+            raise BackendError(f"attention {implementation!r} was called without document bounds; call the model on a MicroBatch")
+        if dropout:
+            raise BackendError(f"attention dropout {dropout} is not supported by packed attention; set attention_dropout: 0 in the model's config")
+        out = backend.attend(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+            window=sliding_window,
+            **document_bounds,
+        )
+        return out[None], None
+
+    implementation = f"sft_dist_{backend.name}"
+    AttentionInterface.register(implementation, attention_forward)
+    return implementation
+
+
+def document_bounds(micro: MicroBatch) -> dict[str, Any]:
+    """What every backend needs to know of a pack; travels through the model as one keyword argument."""
+    return {
+        "document_bounds": {
+            "cu_seqlens": micro.cu_seqlens,
+            "max_seqlen": micro.max_seqlen,
+            "document_lengths": micro.document_lengths,
+        }
+    }

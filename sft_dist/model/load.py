@@ -1,0 +1,144 @@
+"""A Hugging Face model as the loss function of a micro-batch."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from sft_dist.config import ModelSection
+from sft_dist.data.batch import MicroBatch
+from sft_dist.errors import BackendError, ConfigError
+from sft_dist.model.attention import Backend, document_bounds, register
+from sft_dist.model.loss import ResponseHead
+
+logger = logging.getLogger(__name__)
+
+
+class PackedModel(nn.Module):
+    """body -> hidden states at response positions -> head -> weighted loss.
+
+    The causal model's own `lm_head` is never called in training; its weight lives in `head` (and, when
+    tied, in the embedding) as the same Parameter.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        output = causal_lm.get_output_embeddings()
+        if output is None or getattr(output, "bias", None) is not None:
+            raise BackendError(
+                f"{type(causal_lm).__name__} has {'no output embedding' if output is None else 'a biased lm_head'}; "
+                "the response head needs logits = hidden @ weight.T"
+            )
+        self.causal_lm = causal_lm
+        self.head = ResponseHead(output.weight)
+
+    def forward(self, micro: MicroBatch, *, return_logits: bool = False) -> Tensor:
+        """Weighted loss of the pack, scalar fp32; or its logits `[R,V]` at response positions."""
+        output = self.causal_lm.base_model(
+            input_ids=micro.input_ids,
+            position_ids=micro.position_ids,
+            use_cache=False,  # a cache would make transformers forget that the row is packed
+            **document_bounds(micro),
+        )
+        hidden = output.last_hidden_state[0].index_select(0, micro.response_index)
+        return self.head(hidden) if return_logits else self.head(hidden, micro.targets, micro.weights)  # type: ignore[no-any-return]
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `model.dtype`; auto is bf16 on GPU and fp32 on CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def load_model(
+    section: ModelSection,
+    *,
+    backend: Backend,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_tokens: int,
+    added_token_ids: Sequence[int],
+) -> PackedModel:
+    """Read weights with `from_pretrained` and make them ready to train.
+
+    num_tokens: size of the tokenizer; the embedding grows to it. added_token_ids: tokens that the model has
+    never seen; their rows start at the mean of the others.
+    Raises ConfigError when there is no such model, BackendError when its attention cannot be replaced.
+    """
+    try:
+        causal_lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            section.path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=register(backend),
+        )
+    except OSError as error:
+        raise ConfigError(f"model.path={section.path!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        if "attention" not in str(error).lower():
+            raise
+        raise BackendError(f"model.path={section.path!r}: its attention cannot be replaced, so documents would leak: {error}") from None
+    grow_vocabulary(causal_lm, num_tokens=num_tokens, added_token_ids=added_token_ids)
+    if section.checkpointing == "full":
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    causal_lm.train()
+    return PackedModel(causal_lm.to(device) if not _is_partitioned(causal_lm) else causal_lm)
+
+
+def grow_vocabulary(causal_lm: PreTrainedModel, *, num_tokens: int, added_token_ids: Sequence[int]) -> None:
+    """Make room for every token, and start the new ones at the mean embedding, not at noise."""
+    embedding = causal_lm.get_input_embeddings()
+    if embedding.num_embeddings < num_tokens:
+        logger.info("embeddings: resized from %d to %d tokens", embedding.num_embeddings, num_tokens)
+        causal_lm.resize_token_embeddings(num_tokens, mean_resizing=False)
+    if not added_token_ids:
+        return
+    matrices = {id(m.weight): m.weight for m in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())}
+    for weight in matrices.values():
+        with _whole(weight), torch.no_grad():
+            if weight.numel():  # under ZeRO-3 only rank 0 writes, and the exit of the context spreads it
+                new = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+                new[list(added_token_ids)] = True
+                weight[new] = weight[~new].float().mean(0).to(weight.dtype)
+
+
+def align_generation(causal_lm: PreTrainedModel, *, stop_ids: Sequence[int], eos_id: int, pad_id: int | None) -> None:
+    """Make the exported model stop where it was trained to stop."""
+    generation = causal_lm.generation_config or GenerationConfig()
+    known = generation.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    generation.eos_token_id = list(dict.fromkeys([*stop_ids, *known]))
+    generation.pad_token_id = pad_id if pad_id is not None else generation.pad_token_id
+    causal_lm.generation_config = generation
+    causal_lm.config.eos_token_id = eos_id
+    if pad_id is not None:
+        causal_lm.config.pad_token_id = pad_id
+
+
+def export_model(
+    causal_lm: PreTrainedModel, state_dict: dict[str, Tensor], directory: Path, *, tokenizer_dir: Path, shard_size: str = "4GB"
+) -> None:
+    """Write Hugging Face format: config, safetensors shards with index, generation config, tokenizer, template."""
+    causal_lm.save_pretrained(directory, state_dict=state_dict, max_shard_size=shard_size)
+    for file in sorted(tokenizer_dir.iterdir()):
+        (directory / file.name).write_bytes(file.read_bytes())
+
+
+def _is_partitioned(causal_lm: PreTrainedModel) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in causal_lm.parameters())
+
+
+def _whole(weight: nn.Parameter):  # type: ignore[no-untyped-def]
+    """The full weight for a moment, whoever holds it; written back from rank 0 under ZeRO-3."""
+    import contextlib
+
+    if not hasattr(weight, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)

@@ -1,0 +1,89 @@
+"""Where this process stands: rank, world size, addresses and stop requests.
+
+The only reader of launcher environment. `accelerate launch`, `torchrun` and `srun` wrappers all set
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a single process.
+"""
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+
+from sft_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run as seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        return self.local_rank == 0
+
+
+def read_world(environ: Mapping[str, str] = os.environ) -> World:
+    """The world that the launcher describes. Raises ConfigError when it describes half of one."""
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+        return World()
+    values = {}
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        fallback = {"LOCAL_RANK": environ.get("RANK"), "LOCAL_WORLD_SIZE": environ.get("WORLD_SIZE")}.get(key)
+        text = environ.get(key, fallback)
+        if text is None or not text.isdigit():
+            raise ConfigError(f"environment {key}={text!r}: a launcher sets RANK and WORLD_SIZE to whole numbers; unset both for one process")
+        values[key] = int(text)
+    world = World(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"])
+    if not 0 <= world.rank < world.size:
+        raise ConfigError(f"environment RANK={world.rank} is outside WORLD_SIZE={world.size}")
+    if world.size > 1:
+        for key in ("MASTER_ADDR", "MASTER_PORT"):
+            if key not in environ:
+                raise ConfigError(f"environment {key} is missing with WORLD_SIZE={world.size}; start through accelerate launch or torchrun")
+    return world
+
+
+def check_launcher_agrees(engine: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse an accelerate config that asks for another ZeRO stage than the recipe.
+
+    engine: the recipe's engine after `auto` was resolved.
+    Raises ConfigError naming both keys.
+    """
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if stage is not None and f"zero{stage}" != engine.split("_")[0]:
+        raise ConfigError(
+            f"accelerate's deepspeed_config.zero_stage={stage} contradicts the recipe's train.engine={engine}; "
+            "change one, or use a plain accelerate config: the recipe chooses the engine"
+        )
+
+
+@dataclass
+class StopRequest:
+    """Remembers that a signal asked for a stop; the loop looks at it once a step."""
+
+    signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    received: str | None = None
+    _previous: dict[signal.Signals, object] = field(default_factory=dict)
+
+    def __enter__(self) -> "StopRequest":
+        for number in self.signals:
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name

@@ -1,0 +1,362 @@
+"""The token store: what is in it, what is not, and that nothing but a whole one is ever opened."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from sft_dist.config import Source
+from sft_dist.data import store as store_module
+from sft_dist.data.chat import ChatTokenizer, Example
+from sft_dist.data.sources import Conversation, iter_rows, parse_row
+from sft_dist.data.store import TokenStore, prepare, store_fingerprint, wait_for_store
+from sft_dist.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer of bytes, without a template: ChatML gets installed."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=257, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return directory
+
+
+def chat(question: str, answer: str) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+
+
+def write(path: Path, *rows: str) -> Source:
+    path.write_text("".join(f"{row}\n" for row in rows))
+    return Source(path=str(path))
+
+
+def make(sources: list[Source], model: Path, directory: Path, **changes: Any) -> TokenStore:
+    return prepare(sources, **keywords(model, directory, **{"workers": 1, **changes}))
+
+
+def keywords(model: Path, directory: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model_path": str(model),
+        "revision": None,
+        "chat_template": None,
+        "max_tokens": 4096,
+        "too_long": "drop",
+        "bad_rows": "error",
+        "store_dir": directory,
+    } | changes
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def names(directory: Path) -> set[str]:
+    return {entry.name for entry in directory.iterdir() if not entry.name.endswith(".lock")}
+
+
+# ---------------------------------------------------------------- what is stored
+
+
+def test_stored_examples_are_those_of_the_tokenizer(model: Path, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", chat("1", "one"), "", chat("2", "two two"))
+    second = write(tmp_path / "b.jsonl", chat("3", "three"))
+    store = make([first, second], model, tmp_path / "stores")
+    conversations = [parse_row(row, "messages") for source in (first, second) for row in iter_rows(source)]
+    assert all(isinstance(item, Conversation) for item in conversations)
+    expected = ChatTokenizer.load(model).encode(conversations)  # type: ignore[arg-type]
+    assert len(store) == 3
+    for index, wanted in enumerate(expected):
+        assert isinstance(wanted, Example)
+        got = store.example(index)
+        assert got.input_ids.dtype == np.int32 and got.is_response.dtype == np.bool_
+        np.testing.assert_array_equal(got.input_ids, wanted.input_ids)
+        np.testing.assert_array_equal(got.is_response, wanted.is_response)
+        assert got.origin == wanted.origin == store.origin(index)
+        assert store.lengths[index] == len(wanted.input_ids)
+        assert store.num_responses[index] == wanted.is_response.sum()
+    assert [store.origin(index).line for index in range(3)] == [1, 3, 1]
+    assert store.source_ranges == [(0, 2), (2, 3)]
+    assert store.max_length == store.lengths.max()
+    assert store.lengths.dtype == np.int64
+    assert store.meta["tokens"] == store.lengths.sum() and store.meta["response_tokens"] == store.num_responses.sum()
+
+
+def test_examples_are_views_of_the_file(model: Path, tmp_path: Path) -> None:
+    store = make([write(tmp_path / "a.jsonl", chat("1", "one"))], model, tmp_path / "stores")
+    example = store.example(0)
+    assert not example.input_ids.flags.owndata and not example.input_ids.flags.writeable
+    for index in (-1, 1):
+        with pytest.raises(IndexError):
+            store.example(index)
+
+
+def test_the_stored_tokenizer_is_the_one_that_made_the_tokens(model: Path, tmp_path: Path) -> None:
+    store = make([write(tmp_path / "a.jsonl", chat("1", "one"))], model, tmp_path / "stores")
+    tokenizer = ChatTokenizer.load(store.tokenizer_dir)
+    assert tokenizer.digest == ChatTokenizer.load(model).digest
+    assert tokenizer.decode(store.example(0).input_ids.tolist()) == "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+
+
+def test_any_number_of_workers_writes_the_same_bytes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "IN_PROCESS_BYTES", 0)
+    rows = [chat(f"q{n}", "word " * (n % 7 + 1)) if n % 50 else "{broken" for n in range(1, 1100)]
+    source = write(tmp_path / "a.jsonl", *rows)
+    stores = [make([source], model, tmp_path / f"s{workers}", workers=workers, bad_rows="drop") for workers in (1, 2, 3)]
+    assert stores[0].fingerprint == stores[1].fingerprint
+    assert contents(stores[0].path) == contents(stores[1].path) == contents(stores[2].path)
+    assert stores[0].meta["dropped"]["malformed_json"]["count"] == 21
+
+
+def test_chunk_sizes_change_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "x" * n) for n in range(1, 50)])
+    one = make([source], model, tmp_path / "s1")
+    monkeypatch.setattr(store_module, "CHUNK_ROWS", 7)
+    assert contents(make([source], model, tmp_path / "s2").path) == contents(one.path)
+
+
+def test_progress_counts_rows(model: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "a") for n in range(600)])
+    make([source], model, tmp_path / "s", progress=seen.append)
+    assert seen == [256, 512, 600]
+
+
+# ---------------------------------------------------------------- refused rows
+
+
+def test_bad_rows_are_listed_with_their_lines(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"), *["{"] * 25, chat("2", "<|im_end|>"))
+    with pytest.raises(DataError) as caught:
+        make([source], model, tmp_path / "s")
+    lines = str(caught.value).splitlines()
+    assert "26 bad rows of 27 (25 malformed_json, 1 control_token)" in lines[0] and "data.bad_rows: drop" in lines[0]
+    assert lines[1].startswith(f"  {source.path}:2: malformed JSON")
+    assert len(lines) == 22 and lines[-1] == "  ... and 6 more"
+    assert names(tmp_path / "s") == set()
+
+
+def test_dropped_rows_are_counted_by_cause(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"), *["{"] * 8, chat("2", "<|im_end|>"), chat("3", "long " * 100))
+    store = make([source], model, tmp_path / "s", bad_rows="drop", max_tokens=100)
+    dropped = store.meta["dropped"]
+    assert {cause: entry["count"] for cause, entry in dropped.items()} == {"control_token": 1, "malformed_json": 8, "too_long": 1}
+    assert len(dropped["malformed_json"]["examples"]) == 5
+    assert dropped["too_long"]["examples"][0].startswith(f"{source.path}:11: ")
+    assert store.meta["rows_read"] == 11 and store.meta["kept"] == len(store) == 1
+
+
+def test_too_long_rows_can_be_an_error_with_line_length_and_limit(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"), chat("2", "x" * 200))
+    length = make([source], model, tmp_path / "s").max_length
+    assert len(make([source], model, tmp_path / "s", max_tokens=length)) == 2
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: {length} tokens, more than data\.max_tokens={length - 1}"):
+        make([source], model, tmp_path / "s", max_tokens=length - 1, too_long="error")
+
+
+def test_nothing_left_is_an_error(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    with pytest.raises(DataError, match=r"nothing is left to train on of 1 rows \(1 too_long\)"):
+        make([source], model, tmp_path / "s", max_tokens=3)
+
+
+# ---------------------------------------------------------------- the fingerprint
+
+
+def test_an_existing_store_is_opened_and_not_made_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    first = make([source], model, tmp_path / "s")
+    monkeypatch.setattr(store_module, "_build", lambda *_, **__: pytest.fail("built again"))
+    assert make([source], model, tmp_path / "s", workers=2).path == first.path
+
+
+def test_whatever_changes_tokens_changes_the_fingerprint(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    moved = write(tmp_path / "moved.jsonl", chat("1", "one"))
+    other = write(tmp_path / "b.jsonl", chat("1", "onE"))
+    template = tmp_path / "t.jinja"
+    template.write_text(ChatTokenizer.load(model).template.replace("assistant\\n", "assistant:\\n"))
+    tokenizer, changed = ChatTokenizer.load(model), ChatTokenizer.load(model, chat_template=None)
+    assert tokenizer.digest == changed.digest
+    base = {"max_tokens": 100, "too_long": "drop", "bad_rows": "drop"}
+    found = [
+        store_fingerprint([source], tokenizer, **base),
+        store_fingerprint([other], tokenizer, **base),
+        store_fingerprint([source, other], tokenizer, **base),
+        store_fingerprint([other, source], tokenizer, **base),
+        *(store_fingerprint([source], tokenizer, **(base | change)) for change in ({"max_tokens": 99}, {"too_long": "error"}, {"bad_rows": "error"})),
+    ]
+    assert len(set(found)) == len(found)
+    assert store_fingerprint([moved], tokenizer, **base) == found[0]
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_store_without_its_commit_does_not_exist_and_is_made_again(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    store = make([source], model, tmp_path / "s")
+    whole = contents(store.path)
+    (store.path / "COMMITTED").unlink()
+    (store.path / "tokens.bin").write_bytes(b"torn")
+    (tmp_path / "s" / ".tmp-0123").mkdir()
+    with pytest.raises(DataError, match="no committed token store"):
+        TokenStore.open(store.path)
+    assert contents(make([source], model, tmp_path / "s").path) == whole
+    assert names(tmp_path / "s") == {store.fingerprint}
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "response.bin", "index.npz", "meta.json", "tokenizer/tokenizer.json"])
+def test_cut_or_lost_files_are_named(model: Path, tmp_path: Path, name: str) -> None:
+    store = make([write(tmp_path / "a.jsonl", chat("1", "one"))], model, tmp_path / "s")
+    content = (store.path / name).read_bytes()
+    (store.path / name).write_bytes(content[:-1])
+    with pytest.raises(DataError, match=f"{Path(name).name} has {len(content) - 1} bytes, committed with {len(content)}"):
+        TokenStore.open(store.path)
+    (store.path / name).unlink()
+    with pytest.raises(DataError, match=f"{Path(name).name} is missing"):
+        TokenStore.open(store.path)
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import os, sys
+    from pathlib import Path
+    from sft_dist.config import Source
+    from sft_dist.data import store
+
+    if __name__ == "__main__":
+        store.IN_PROCESS_BYTES = 0 if int(sys.argv[4]) > 1 else store.IN_PROCESS_BYTES
+        def progress(rows):
+            print("rows", rows, flush=True)
+        made = store.prepare([Source(path=sys.argv[1])], model_path=sys.argv[2], revision=None, chat_template=None,
+            max_tokens=4096, too_long="drop", bad_rows="error", store_dir=Path(sys.argv[3]), workers=int(sys.argv[4]),
+            progress=progress)
+        print("torch" in sys.modules, "transformers" in sys.modules, "datasets" in sys.modules, len(made))
+    """
+)
+
+
+def start(tmp_path: Path, source: Source, model: Path, *, workers: int = 1) -> "subprocess.Popen[str]":
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), source.path, str(model), str(tmp_path / "s"), str(workers)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_preparing_loads_neither_torch_nor_transformers(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    output, _ = start(tmp_path, source, model).communicate(timeout=60)
+    assert output.split("\n")[-2] == "False False False 1"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_preparation_leaves_no_store_and_no_processes_and_the_next_one_is_whole(
+    model: Path, tmp_path: Path, workers: int
+) -> None:
+    source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "word " * 30) for n in range(20_000)])
+    process = start(tmp_path, source, model, workers=workers)
+    assert process.stdout is not None and process.stdout.readline().startswith("rows")
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not any((entry / "COMMITTED").exists() for entry in (tmp_path / "s").iterdir())
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    write(tmp_path / "small.jsonl", chat("1", "one"))
+    store = make([Source(path=str(tmp_path / "small.jsonl"))], model, tmp_path / "s")
+    assert names(tmp_path / "s") == {store.fingerprint}
+
+
+def test_two_processes_make_one_store(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "word " * 20) for n in range(1500)])
+    outputs = [process.communicate(timeout=120)[0] for process in [start(tmp_path, source, model) for _ in range(2)]]
+    assert [output.split()[-1] for output in outputs] == ["1500", "1500"]
+    assert sorted("rows" in output for output in outputs) == [False, True]
+
+
+def test_data_that_changes_while_it_is_read_is_not_stored(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    source = write(path, *[chat(f"q{n}", "a") for n in range(300)])
+
+    def meddle(_: int) -> None:
+        with path.open("a") as stream:
+            stream.write(chat("new", "row") + "\n")
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        make([source], model, tmp_path / "s", progress=meddle)
+    assert names(tmp_path / "s") == set()
+
+
+def test_unwritable_place_is_named(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written.*data\.store"):
+        make([write(tmp_path / "a.jsonl", chat("1", "one"))], model, tmp_path / "file" / "s")
+
+
+# ---------------------------------------------------------------- other ranks
+
+
+def test_waiting_ends_when_the_store_is_committed(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "a") for n in range(300)])
+    process = start(tmp_path, source, model)
+    store = wait_for_store([source], **keywords(model, tmp_path / "s"), timeout_s=60, poll_s=0.05)
+    process.communicate(timeout=60)
+    assert len(store) == 300
+
+
+def test_waiting_ends_soon_when_nobody_prepares(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    begin = time.monotonic()
+    with pytest.raises(DataError, match="preparation failed on local rank 0"):
+        wait_for_store([source], **keywords(model, tmp_path / "s"), timeout_s=60, grace_s=0.3, poll_s=0.05)
+    assert time.monotonic() - begin < 10
+
+
+def test_waiting_for_one_who_holds_the_lock_is_bounded(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    store = make([source], model, tmp_path / "s")
+    shutil.rmtree(store.path)
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(str(store.path) + ".lock", ready, done))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(DataError, match=r"no token store after 1 s"):
+            wait_for_store([source], **keywords(model, tmp_path / "s"), timeout_s=1, grace_s=0.3, poll_s=0.05)
+        with pytest.raises(DataError, match="another process has been preparing"):
+            make([source], model, tmp_path / "s", lock_timeout_s=0.2)
+    finally:
+        done.set()
+        holder.join()
+
+
+def _hold(path: str, ready: Any, done: Any) -> None:
+    with FileLock(path):
+        ready.set()
+        done.wait(60)
