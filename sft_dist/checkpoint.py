@@ -78,7 +78,10 @@ def commit(engine: Engine, state: RunState, directory: Path, *, keep: int) -> Pa
     except OSError as error:
         failure = error
     if any_rank(failure is not None, engine.device):
-        raise CheckpointError(f"{writing}: could not be written: {failure or 'another rank failed'}; the checkpoints before it are untouched")
+        raise CheckpointError(
+            f"{writing}: could not be written: {failure or 'another rank failed'}; "
+            "the checkpoints before it are untouched"
+        )
     if engine.world.is_main:
         _seal(writing, state)
         writing.rename(final)
@@ -102,13 +105,18 @@ def is_committed(path: Path) -> bool:
 def read_state(path: Path) -> RunState:
     """Verify a checkpoint, every byte of it, and return its state. Raises CheckpointError naming the file."""
     if not is_committed(path):
-        raise CheckpointError(f"{path}: not a committed checkpoint; choose one of {[p.name for p in committed(path.parent)]}")
+        raise CheckpointError(
+            f"{path}: not a committed checkpoint; choose one of {[p.name for p in committed(path.parent)]}"
+        )
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             found = _describe(path / name)
             if found != expected:
-                raise CheckpointError(f"{path / name}: is {found}, the manifest says {expected}; delete {path} to go on from an older checkpoint")
+                raise CheckpointError(
+                    f"{path / name}: is {found}, the manifest says {expected}; "
+                    f"delete {path} to go on from an older checkpoint"
+                )
         return RunState(**json.loads((path / "run_state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: broken: {error}; delete it to go on from an older checkpoint") from None
@@ -116,13 +124,20 @@ def read_state(path: Path) -> RunState:
 
 def require_same_run(found: RunState, expected: RunState, path: Path) -> None:
     """Refuse to go on from a checkpoint whose continuation would not be this run's curve. Names every key."""
-    changed = [f"{key}: {value!r} then, {expected.curve.get(key)!r} now" for key, value in found.curve.items() if expected.curve.get(key) != value]
+    changed = [
+        f"{key}: {value!r} then, {expected.curve.get(key)!r} now"
+        for key, value in found.curve.items()
+        if expected.curve.get(key) != value
+    ]
     for key in ("data_fingerprint", "engine", "world_size"):
         then, now = getattr(found, key), getattr(expected, key)
         if then != now:
             changed.append(f"{key}: {then!r} then, {now!r} now")
     if changed:
-        raise CheckpointError(f"{path} belongs to another run: {'; '.join(changed)}. Put it back as it was, or give the run a new run.name")
+        raise CheckpointError(
+            f"{path} belongs to another run: {'; '.join(changed)}. "
+            "Put it back as it was, or give the run a new run.name"
+        )
 
 
 def _seal(directory: Path, state: RunState) -> None:

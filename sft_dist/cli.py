@@ -31,19 +31,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All verbs and their flags."""
-    parser = argparse.ArgumentParser(prog="sft-dist", description="Supervised fine-tuning of chat models with one loss curve on any number of devices.")
+    parser = argparse.ArgumentParser(
+        prog="sft-dist",
+        description="Supervised fine-tuning of chat models with one loss curve on any number of devices.",
+    )
     parser.add_argument("--version", action="version", version=f"sft-dist {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    train = _recipe_verb(verbs, "train", _train, "prepare, train and export; start it through accelerate launch or torchrun for many processes")
+    train = _recipe_verb(
+        verbs,
+        "train",
+        _train,
+        "prepare, train and export; start it through accelerate launch or torchrun for many processes",
+    )
     train.add_argument("--engine", help="shorthand for train.engine=...")
-    train.add_argument("--no-resume", action="store_true", help="refuse to go on from checkpoints that the run directory holds")
+    train.add_argument(
+        "--no-resume", action="store_true", help="refuse to go on from checkpoints that the run directory holds"
+    )
     train.add_argument("--profile", action="store_true", help="profile steps 3 to 5 into <run>/profile")
 
     _recipe_verb(verbs, "prepare", _prepare, "tokenise and verify the data of a recipe, without torch")
 
     inspect = _recipe_verb(verbs, "inspect", _inspect, "show what is trained: prompt dimmed, trained tokens coloured")
-    inspect.add_argument("--example", type=int, action="append", help="which example, from 0; may be repeated (default: the first three)")
+    inspect.add_argument(
+        "--example", type=int, action="append", help="which example, from 0; may be repeated (default: the first three)"
+    )
     inspect.add_argument("--held-out", action="store_true", help="the held-out data instead of the training data")
 
     config = verbs.add_parser("config", help="print the resolved recipe, or what comes with the package")
@@ -62,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.set_defaults(verb=_generate)
 
-    demo = verbs.add_parser("demo", help="the whole job on a CPU: data, tiny model, two processes with ZeRO-2, held-out scores, an answer")
+    demo = verbs.add_parser(
+        "demo", help="the whole job on a CPU: data, tiny model, two processes with ZeRO-2, held-out scores, an answer"
+    )
     demo.add_argument("--dir", type=Path, default=Path("demo"), help="where everything is written (default: ./demo)")
     demo.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
     demo.set_defaults(verb=_demo)
@@ -70,7 +84,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _recipe_verb(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, verb: Callable[[argparse.Namespace], int], text: str
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    verb: Callable[[argparse.Namespace], int],
+    text: str,
 ) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text)
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as qwen2.5-1.5b")
@@ -114,7 +131,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sft_dist.config import load_recipe
-    from sft_dist.data.inspect import show_summary
+    from sft_dist.data.inspect import summary
     from sft_dist.data.prepare import open_or_prepare
 
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
@@ -122,7 +139,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     for name, sources in (("train", recipe.data.train), ("held out", recipe.data.held_out)):
         if sources:
             console.print(f"[bold]{name}[/bold]")
-            show_summary(open_or_prepare(recipe, sources, console=console), console)
+            summary(open_or_prepare(recipe, sources, console=console), console)
     return 0
 
 
@@ -130,7 +147,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sft_dist.config import load_recipe
-    from sft_dist.data.inspect import show_example, show_summary
+    from sft_dist.data.inspect import show_example, summary
     from sft_dist.data.prepare import open_or_prepare
     from sft_dist.errors import ConfigError
 
@@ -144,7 +161,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if not 0 <= index < len(store):
             raise ConfigError(f"--example {index}: the store holds examples 0 to {len(store) - 1}")
         show_example(store, index, console)
-    show_summary(store, console)
+    summary(store, console)
     return 0
 
 

@@ -27,7 +27,9 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 def _run_name(name: str) -> str:
     if not RUN_NAME.fullmatch(name):
-        raise ValueError("use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 100 characters")
+        raise ValueError(
+            "use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 100 characters"
+        )
     return name
 
 
@@ -51,23 +53,34 @@ class ModelSection(Section):
     path: str = Field(description="a directory or a hub id, as `from_pretrained` takes it")
     revision: str | None = Field(None, description="a hub commit, branch or tag")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model; needs `revision`")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="compute dtype; auto: bf16 on GPU, fp32 on CPU. Master weights are fp32")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="compute dtype; auto: bf16 on GPU, fp32 on CPU. Master weights are fp32"
+    )
     attention: Literal["auto", "flash_attention", "torch_varlen", "sdpa"] = Field(
         "auto", description="the backend that keeps packed documents apart; auto takes the fastest that can run"
     )
-    checkpointing: Literal["none", "full"] = Field("none", description="recompute activations in the backward to save memory")
+    checkpointing: Literal["none", "full"] = Field(
+        "none", description="recompute activations in the backward to save memory"
+    )
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> "ModelSection":
         if self.trust_remote_code and self.revision is None:
-            raise ValueError("model.trust_remote_code needs model.revision, so that the code that runs is the code you read")
+            raise ValueError(
+                "model.trust_remote_code needs model.revision, so that the code that runs is the code you read"
+            )
         return self
 
 
 class Source(Section):
     path: str = Field(description="a file (.jsonl .json .parquet), a folder of such files, or a hub data set id")
     format: RowFormat = Field("auto", description="auto recognises messages, Alpaca and ShareGPT from the rows")
-    weight: float = Field(1.0, gt=0, le=1000, description="copies of the source in an epoch: floor(weight), plus a seeded subset for the fraction")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="copies of the source in an epoch: floor(weight), plus a seeded subset for the fraction",
+    )
     split: str = Field("train", description="split of a hub data set")
     revision: str | None = Field(None, description="revision of a hub data set")
 
@@ -75,9 +88,13 @@ class Source(Section):
 class DataSection(Section):
     train: tuple[Source, ...] = Field(min_length=1, description="what is trained on")
     held_out: tuple[Source, ...] = Field((), description="what the loss is measured on during the run; never trained")
-    max_tokens: int = Field(4096, ge=2, le=2**24, description="examples longer than this are too long; part of the data fingerprint")
+    max_tokens: int = Field(
+        4096, ge=2, le=2**24, description="examples longer than this are too long; part of the data fingerprint"
+    )
     too_long: Literal["drop", "error"] = Field("drop", description="drop: counted and reported")
-    bad_rows: Literal["error", "drop"] = Field("error", description="error: the first 20 bad rows are listed and nothing is trained")
+    bad_rows: Literal["error", "drop"] = Field(
+        "error", description="error: the first 20 bad rows are listed and nothing is trained"
+    )
     chat_template: Path | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
     store: Path | None = Field(None, description="where tokenised data is kept; default: <run.dir>/stores")
     workers: int | None = Field(None, ge=1, le=1024, description="tokeniser processes; default: one per core")
@@ -93,7 +110,11 @@ class DataSection(Section):
 class BatchSection(Section):
     examples: int | None = Field(None, ge=1, description="examples in a step, over all ranks")
     tokens: int | None = Field(None, ge=1, description="or: examples in draw order until this many tokens are reached")
-    pack_tokens: int | None = Field(None, ge=2, description="most tokens in one micro-batch; changes speed and memory, never the curve. Default: data.max_tokens")
+    pack_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="most tokens in one micro-batch: speed and memory, never the curve. Default: data.max_tokens",
+    )
     packing: bool = Field(True, description="false: one example per micro-batch")
 
     @model_validator(mode="after")
@@ -124,9 +145,15 @@ class TrainSection(Section):
     epochs: int | None = Field(None, ge=1, description="passes over the draws; default 1 unless `steps` is given")
     steps: int | None = Field(None, ge=1, description="or: stop after this many optimizer steps")
     engine: EngineName = Field("auto", description="auto: single for one process, ddp for more")
-    deepspeed: Path | None = Field(None, description="a DeepSpeed file of ZeRO knobs to use instead of configs/deepspeed/<engine>.json")
-    eval_every: int | None = Field(None, ge=1, description="steps between held-out losses; also before step 1 and after the last")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; one is always made after the last step")
+    deepspeed: Path | None = Field(
+        None, description="a DeepSpeed file of ZeRO knobs to use instead of configs/deepspeed/<engine>.json"
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between held-out losses; also before step 1 and after the last"
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; one is always made after the last step"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="older ones are deleted after a newer one is committed")
     timeout_s: float = Field(1800.0, gt=0, description="longest wait in a collective, in seconds")
 
@@ -151,7 +178,7 @@ class Recipe(Section):
     batch: BatchSection
     loss: LossName = Field(
         "example_mean",
-        description="example_mean: -1/N sum_i 1/|y_i| sum_t log P. token_mean: every trained token of the step counts the same",
+        description="example_mean: -1/N sum_i 1/|y_i| sum_t log P. token_mean: every trained token counts the same",
     )
     optim: OptimSection
     train: TrainSection = TrainSection()
@@ -179,13 +206,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe; `sft-dist config --list` names those that come with the package") from None
+        raise ConfigError(
+            f"{path}: no such recipe; `sft-dist config --list` names those that come with the package"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections (run, model, data, ...), this is {type(raw).__name__}")
+        raise ConfigError(
+            f"{path}: a recipe is a mapping of sections (run, model, data, ...), this is {type(raw).__name__}"
+        )
     for override in overrides:
         _apply_override(raw, override)
     return parse_recipe(raw, origin=str(path))
@@ -229,7 +260,11 @@ def _describe(error: ValidationError) -> Iterator[str]:
         if problem["type"] == "extra_forbidden":
             known = _known_keys(location[:-1])
             near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-            mend = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known keys here: {', '.join(known)}"
+            mend = (
+                f"did you mean {'.'.join([*location[:-1], near[0]])!r}?"
+                if near
+                else f"known keys here: {', '.join(known)}"
+            )
             yield f"unknown key {key!r} (value {given!r}); {mend}"
         elif problem["type"] == "missing":
             yield f"{key!r} is missing; every recipe needs it"

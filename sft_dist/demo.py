@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from math import log10
+from math import log10, sqrt
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,6 +25,12 @@ Split = Literal["train", "held_out"]
 Value = str | int | float
 
 HELD_OUT_SHARE = 8  # one value tuple in eight belongs to the held-out set
+
+# The sizes that configs/recipes/demo.yaml was tuned for.
+NUM_TRAIN = 24_000
+NUM_HELD_OUT = 300
+NUM_TOKENIZER_EXAMPLES = 3_000
+VOCAB_SIZE = 1_024
 
 
 # ---- formulas -----------------------------------------------------------------------------------
@@ -48,7 +54,7 @@ def glomerular_filtration_rate(age_years: int, creatinine_mg_dl: float, sex: Sex
     """
     kappa, alpha, factor = (0.7, -0.241, 1.012) if sex == "female" else (0.9, -0.302, 1.0)
     ratio = creatinine_mg_dl / kappa
-    return 142 * min(ratio, 1) ** alpha * max(ratio, 1) ** -1.2 * 0.9938**age_years * factor
+    return float(142 * min(ratio, 1) ** alpha * max(ratio, 1) ** -1.2 * 0.9938**age_years * factor)
 
 
 def mean_arterial_pressure(systolic_mmhg: float, diastolic_mmhg: float) -> float:
@@ -68,9 +74,9 @@ def anion_gap(sodium: float, chloride: float, bicarbonate: float) -> float:
 
 
 def corrected_calcium(calcium_mg_dl: float, albumin_g_dl: float) -> float:
-    """Calcium in mg/dL at an albumin of 4 g/dL, with the customary slope of 0.8.
+    """Calcium in mg/dL at an albumin of 4 g/dL, with the slope of 0.8 in common use.
 
-    Source: after Payne et al., Br Med J 1973;4:643-646.
+    Source: Payne et al., Br Med J 1973;4:643-646, whose own regression had a slope of 1.
     """
     return calcium_mg_dl + 0.8 * (4.0 - albumin_g_dl)
 
@@ -95,7 +101,7 @@ def fractional_sodium_excretion(
 
 def corrected_qt(qt_ms: float, heart_rate: float) -> float:
     """QT interval in ms at 60 beats/min. Source: Bazett, Heart 1920;7:353-370."""
-    return qt_ms / (60 / heart_rate) ** 0.5
+    return qt_ms / sqrt(60 / heart_rate)
 
 
 def expected_paco2(bicarbonate: float) -> float:
@@ -161,13 +167,25 @@ SCALES = (
         (8, "Severe anemia"), (11, "Moderate anemia"), (13, "Mild anemia"), (17.1, "No anemia"))),
 )  # fmt: skip
 
-# Reference intervals of adults: (low, high, decimals, unit, name below, name above).
+
+class Electrolyte(NamedTuple):
+    """Reference interval low..high of adults, what is drawn outside it, and what that is called."""
+
+    low: float
+    high: float
+    lowest: float
+    highest: float
+    decimals: int
+    unit: str
+    below: str
+    above: str
+
+
 ELECTROLYTES = {
-    "sodium": (135, 145, 0, "mEq/L", "Hyponatremia", "Hypernatremia"),
-    "potassium": (3.5, 5.0, 1, "mEq/L", "Hypokalemia", "Hyperkalemia"),
-    "calcium": (8.5, 10.5, 1, "mg/dL", "Hypocalcemia", "Hypercalcemia"),
+    "sodium": Electrolyte(135, 145, 118, 162, 0, "mEq/L", "Hyponatremia", "Hypernatremia"),
+    "potassium": Electrolyte(3.5, 5.0, 2.4, 6.8, 1, "mEq/L", "Hypokalemia", "Hyperkalemia"),
+    "calcium": Electrolyte(8.5, 10.5, 6.2, 13.8, 1, "mg/dL", "Hypocalcemia", "Hypercalcemia"),
 }
-ELECTROLYTE_LIMITS = {"sodium": (118, 162), "potassium": (2.4, 6.8), "calcium": (6.2, 13.8)}
 
 # Long-term conditions with a usual oral drug and its usual doses.
 CONDITIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -442,23 +460,18 @@ def _thyroid_case(rng: random.Random) -> Draft:
 
 def _electrolyte_case(rng: random.Random) -> Draft:
     """One of three electrolytes is outside its reference interval."""
-    abnormal, side = rng.choice(tuple(ELECTROLYTES)), rng.randrange(2)
+    abnormal, is_high = rng.choice(tuple(ELECTROLYTES)), rng.randrange(2) == 1
     measured: dict[str, float] = {}
-    for name, (low, high, decimals, *_) in ELECTROLYTES.items():
-        if name != abnormal:
-            measured[name] = _between(rng, low, high, decimals)
-            continue
-        tick = 10**-decimals
-        lowest, highest = ELECTROLYTE_LIMITS[name]
-        measured[name] = (
-            _between(rng, high + tick, highest, decimals) if side else _between(rng, lowest, low - tick, decimals)
-        )
-    case = ", ".join(f"{name} {value} {ELECTROLYTES[name][3]}" for name, value in measured.items())
-    labels = [label for row in ELECTROLYTES.values() for label in row[4:]]
-    correct = ELECTROLYTES[abnormal][4 + side]
-    return _choice(
-        rng, f"Blood: {case}.", "Which abnormality is present?", labels, correct, ("electrolytes", *measured.values())
-    )
+    for name, normal in ELECTROLYTES.items():
+        low, high, tick = normal.low, normal.high, 10**-normal.decimals
+        if name == abnormal:
+            low, high = (high + tick, normal.highest) if is_high else (normal.lowest, low - tick)
+        measured[name] = _between(rng, low, high, normal.decimals)
+    case = ", ".join(f"{name} {value} {ELECTROLYTES[name].unit}" for name, value in measured.items())
+    labels = [label for normal in ELECTROLYTES.values() for label in (normal.below, normal.above)]
+    correct = ELECTROLYTES[abnormal].above if is_high else ELECTROLYTES[abnormal].below
+    values: tuple[Value, ...] = ("electrolytes", *measured.values())
+    return _choice(rng, f"Blood: {case}.", "Which abnormality is present?", labels, correct, values)
 
 
 def _multiple_choice(rng: random.Random) -> Draft:
@@ -692,7 +705,7 @@ def example_texts(examples: Iterable[DemoExample]) -> Iterator[str]:
         yield from ("system\n" + example.system, "user\n" + example.user, "assistant\n" + example.answer)
 
 
-def build_tokenizer(texts: Iterable[str], directory: Path, *, vocab_size: int) -> Path:
+def build_tokenizer(texts: Iterable[str], directory: Path, *, vocab_size: int = VOCAB_SIZE) -> Path:
     """Train a byte-level BPE tokenizer with ChatML markers and save it as `AutoTokenizer.from_pretrained` reads it.
 
     Every digit is its own token, so that numbers are spelt alike wherever they occur.
@@ -734,11 +747,11 @@ def build_model(
     tokenizer_dir: Path,
     directory: Path,
     *,
-    hidden_size: int = 96,
+    hidden_size: int = 128,
     intermediate_size: int = 256,
     num_layers: int = 2,
-    num_heads: int = 4,
-    num_kv_heads: int = 4,
+    num_heads: int = 8,
+    num_kv_heads: int = 8,
     max_tokens: int = 512,
     initializer_range: float = 0.08,
     seed: int = 0,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.sources import Message
 from sft_dist.errors import ConfigError
+from sft_dist.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,22 @@ class Answerer:
     def __init__(self, model_dir: Path, *, device: torch.device | None = None) -> None:
         """Raises ConfigError when the directory holds no model."""
         if not (model_dir / "config.json").is_file():
-            raise ConfigError(f"{model_dir}: no model here (config.json is missing); a finished run exports to runs/<name>/model")
+            raise ConfigError(
+                f"{model_dir}: no model here (config.json is missing); a finished run exports to runs/<name>/model"
+            )
+        quiet_libraries()
         self.tokenizer = ChatTokenizer.load(str(model_dir))
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         # sdpa honours the padding mask, so a prompt is answered alike alone and in a batch.
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, attn_implementation="sdpa"
+        )
         self.model.to(self.device).eval()
 
-    def answer(self, conversations: Sequence[Sequence[Message]], *, sampling: Sampling, batch_size: int = 64) -> Iterator[str]:
+    def answer(
+        self, conversations: Sequence[Sequence[Message]], *, sampling: Sampling, batch_size: int = 64
+    ) -> Iterator[str]:
         """The next assistant turn of each conversation, in order."""
         prompts = [self.tokenizer.encode_prompt(messages) for messages in conversations]
         for start in range(0, len(prompts), batch_size):
@@ -64,4 +72,4 @@ class Answerer:
 
     def _until_stop(self, ids: list[int], stops: set[int]) -> str:
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        return self.tokenizer.tokenizer.decode(ids[:end], skip_special_tokens=False)
+        return self.tokenizer.decode(ids[:end])

@@ -43,7 +43,9 @@ def explained_out_of_memory(*, pack_tokens: int, longest_example: int, checkpoin
         micro = _innermost_micro_batch(frames)
         part = _part_that_grew(frames, micro)
         mend = _mend(micro.input_ids.shape[1] if micro else pack_tokens, longest_example, checkpointing)
-        raise OutOfMemoryError(f"out of memory: {part} did not fit; {mend} ({str(error).splitlines()[0] if str(error) else 'host memory'})") from None
+        raise OutOfMemoryError(
+            f"out of memory: {part} did not fit; {mend} ({str(error).splitlines()[0] if str(error) else 'host memory'})"
+        ) from None
 
 
 def _innermost_micro_batch(frames: list[FrameType]) -> MicroBatch | None:
@@ -52,7 +54,9 @@ def _innermost_micro_batch(frames: list[FrameType]) -> MicroBatch | None:
 
 
 def _part_that_grew(frames: list[FrameType], micro: MicroBatch | None) -> str:
-    functions = [(frame.f_code.co_filename.replace("\\", "/").rsplit("/", 1)[-1], frame.f_code.co_name) for frame in frames]
+    functions = [
+        (frame.f_code.co_filename.replace("\\", "/").rsplit("/", 1)[-1], frame.f_code.co_name) for frame in frames
+    ]
     if any(name in ("load_model", "from_pretrained") for _, name in functions):
         return "the model's weights"
     pack = f" of a pack of {micro.input_ids.shape[1]} tokens" if micro is not None else ""
@@ -70,6 +74,7 @@ def _mend(tokens: int, longest_example: int, checkpointing: str) -> str:
     proposal = max(longest_example, tokens // 2)
     if proposal < tokens:
         return f"set batch.pack_tokens={proposal} (now {tokens}): the run gets slower, the loss curve does not change"
+    shortest = f"packs are as short as the longest example ({longest_example} tokens)"
     if checkpointing == "none":
-        return f"packs are as short as the longest example ({longest_example} tokens); set model.checkpointing: full, or a smaller data.max_tokens"
-    return f"packs are as short as the longest example ({longest_example} tokens); use a zero engine with more ranks, zero3_offload, or a smaller data.max_tokens"
+        return f"{shortest}; set model.checkpointing: full, or a smaller data.max_tokens"
+    return f"{shortest}; use a zero engine with more ranks, zero3_offload, or a smaller data.max_tokens"

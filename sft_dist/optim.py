@@ -24,22 +24,20 @@ def lr_at(step: int, *, optim: OptimSection, num_steps: int) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * remaining
 
 
-def needs_decay(name: str, dimensions: int) -> bool:
-    """Weight decay is for matrices; norms and biases are vectors.
-
-    dimensions: of the parameter as the model defines it, since ZeRO-3 leaves an empty local tensor behind.
-    """
-    return dimensions >= 2 and not name.endswith(".bias")
+def needs_decay(name: str, num_dimensions: int) -> bool:
+    """Weight decay is for matrices; norms and biases are vectors."""
+    return num_dimensions >= 2 and not name.endswith(".bias")
 
 
-def build_adamw(
-    decayed: Iterable[nn.Parameter], undecayed: Iterable[nn.Parameter], *, optim: OptimSection, fused: bool
-) -> torch.optim.AdamW:
-    """AdamW over two groups. Its lr is a placeholder: the loop sets `lr_at(step)` before each update."""
-    groups = [
-        {"params": list(decayed), "weight_decay": optim.weight_decay},
-        {"params": list(undecayed), "weight_decay": 0.0},
-    ]
+def build_adamw(named: Iterable[tuple[str, nn.Parameter]], *, optim: OptimSection, fused: bool) -> torch.optim.AdamW:
+    """AdamW over what decays and what does not. Its lr is a placeholder: the engine sets each step's."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in named:
+        # ZeRO-3 leaves an empty local tensor behind and keeps the real shape in ds_shape.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (decayed if needs_decay(name, len(shape)) else undecayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused
     )

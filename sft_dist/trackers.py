@@ -36,7 +36,9 @@ class Trackers:
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for tracker in self._trackers:
             tracker.close()
 
@@ -67,7 +69,13 @@ class ConsoleTracker:
         self._console, self._num_steps = console, num_steps
         self._progress: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=console)
             self._task = self._progress.add_task("", total=num_steps, completed=done)
             self._progress.start()
@@ -75,14 +83,20 @@ class ConsoleTracker:
     def log(self, metrics: Metrics) -> None:
         if isinstance(metrics, HeldOutMetrics):
             self._console.print(
-                f"held-out loss {metrics.held_out_loss:.4f} after step {metrics.step} ({metrics.examples} examples)", highlight=False
+                f"held-out loss {metrics.held_out_loss:.4f} after step {metrics.step} ({metrics.examples} examples)",
+                highlight=False,
             )
             return
         skipped = "" if metrics.applied else "  SKIPPED: gradient not finite"
-        numbers = f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  |g| {metrics.grad_norm:.3f}  {metrics.tokens_per_s:,.0f} tok/s{skipped}"
+        numbers = (
+            f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  |g| {metrics.grad_norm:.3f}  "
+            f"{metrics.tokens_per_s:,.0f} tok/s{skipped}"
+        )
         if self._progress is not None:
             self._progress.update(self._task, completed=metrics.step, description=numbers)
-        elif metrics.step == self._num_steps or metrics.step % max(1, self._num_steps // 100) == 0 or not metrics.applied:
+        elif (
+            metrics.step == self._num_steps or metrics.step % max(1, self._num_steps // 100) == 0 or not metrics.applied
+        ):
             self._console.print(f"step {metrics.step}/{self._num_steps}  {numbers}", highlight=False)
 
     def close(self) -> None:
@@ -103,7 +117,11 @@ class WandbTracker:
 
             run = recipe.run
             self._run = wandb.init(
-                project=settings.project, name=run.name, dir=str(run.path), mode=settings.mode, config=recipe.model_dump(mode="json")
+                project=settings.project,
+                name=run.name,
+                dir=str(run.path),
+                mode=settings.mode,
+                config=recipe.model_dump(mode="json"),
             )
 
         self._try(start)

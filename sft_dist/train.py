@@ -1,6 +1,7 @@
 """The one place where all parts meet: `run` builds them, `train_loop` is the training."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -20,9 +21,9 @@ from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.prepare import open_or_prepare
 from sft_dist.data.schedule import CostModel, Schedule, global_batches
 from sft_dist.data.store import TokenStore
-from sft_dist.engine.collectives import any_rank, sum_over_ranks
+from sft_dist.engine.collectives import any_rank, choose_device, sum_over_ranks
 from sft_dist.engine.interface import Engine
-from sft_dist.engine.start import choose_device, resolve_engine, start_engine
+from sft_dist.engine.start import resolve_engine, start_engine
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.evaluate import HeldOutSet, evaluating
 from sft_dist.metrics import HeldOutMetrics, StepMetrics, peak_memory_bytes
@@ -30,7 +31,8 @@ from sft_dist.model.attention import choose_backend
 from sft_dist.model.load import PackedModel, align_generation, compute_dtype, export_model, load_model
 from sft_dist.model.verify import require_agreement
 from sft_dist.oom import explained_out_of_memory
-from sft_dist.optim import lr_at
+from sft_dist.optim import build_adamw, lr_at
+from sft_dist.quiet import quiet_libraries
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.world import StopRequest, World, check_launcher_agrees, read_world
 
@@ -110,12 +112,14 @@ def train_loop(
 
 def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool = False) -> RunResult:
     """Prepare, train, export. Everything that can be refused is refused before the process group forms."""
+    quiet_libraries()
     world = read_world()
     engine_name = resolve_engine(recipe.train.engine, world=world)
     check_launcher_agrees(engine_name)
     if recipe.batch.examples is not None and recipe.batch.examples < world.size:
         raise ConfigError(
-            f"batch.examples={recipe.batch.examples} is fewer examples a step than the {world.size} ranks; raise it or start fewer processes"
+            f"batch.examples={recipe.batch.examples} is fewer examples a step than the {world.size} ranks; "
+            "raise it or start fewer processes"
         )
     device = choose_device(world)
     dtype = compute_dtype(recipe.model.dtype, device)
@@ -123,7 +127,9 @@ def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool 
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     store, held_out_store = _open_stores(recipe, world=world, console=console)
-    tokenizer = ChatTokenizer.load(recipe.model.path, revision=recipe.model.revision, chat_template=recipe.data.chat_template)
+    tokenizer = ChatTokenizer.load(
+        recipe.model.path, revision=recipe.model.revision, chat_template=recipe.data.chat_template
+    )
     pack_tokens = _checked_pack_tokens(recipe, [store, held_out_store])
     schedule = _build_schedule(recipe, store)
     state = RunState(
@@ -153,7 +159,15 @@ def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool 
         ),
         StopRequest() as stop,
     ):
-        engine = start_engine(recipe, name=engine_name, world=world, dtype=dtype, device=device, load_model=load)
+        engine = start_engine(
+            recipe,
+            name=engine_name,
+            world=world,
+            dtype=dtype,
+            device=device,
+            load_model=load,
+            make_optimizer=functools.partial(build_adamw, optim=recipe.optim),
+        )
         cost = _cost_model(engine.model)
         with evaluating(engine.model):
             require_agreement(engine.model, _probe_batch(store, schedule, world).to(device))
@@ -162,7 +176,11 @@ def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool 
             state = _resume(engine, start_from, state)
         held_out = HeldOutSet(held_out_store, recipe.loss, pack_tokens, cost) if held_out_store is not None else None
         quiet = not world.is_main
-        trackers = Trackers([]) if quiet else start_trackers(recipe, console=console, num_steps=schedule.num_steps, done=state.step)
+        trackers = (
+            Trackers([])
+            if quiet
+            else start_trackers(recipe, console=console, num_steps=schedule.num_steps, done=state.step)
+        )
         with trackers, _profiler(recipe, enabled=profile, world=world) as profiler:
             if held_out is not None and state.step == 0:
                 measure_held_out(engine, held_out, step=0, trackers=trackers, attempt=attempt)
@@ -213,7 +231,7 @@ def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, tracker
 
 
 def _open_stores(recipe: Recipe, *, world: World, console: Console) -> tuple[TokenStore, TokenStore | None]:
-    """The training store and the held-out store; local rank 0 prepares what is missing, the others wait for its commit."""
+    """The training and the held-out store; local rank 0 prepares what is missing, the others wait for its commit."""
     train = open_or_prepare(recipe, recipe.data.train, is_preparer=world.is_local_main, console=console)
     if not recipe.data.held_out:
         return train, None
@@ -228,8 +246,9 @@ def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int
         if store is not None and int(store.lengths.max()) > recipe.pack_tokens:
             longest = int(store.lengths.argmax())
             raise ConfigError(
-                f"batch.pack_tokens={recipe.pack_tokens} is shorter than an example of {int(store.lengths[longest])} tokens "
-                f"({store.origin(longest)}); raise it to at least that, or lower data.max_tokens to drop such examples"
+                f"batch.pack_tokens={recipe.pack_tokens} is shorter than an example of "
+                f"{int(store.lengths[longest])} tokens ({store.origin(longest)}); "
+                "raise it to at least that, or lower data.max_tokens to drop such examples"
             )
     return recipe.pack_tokens
 
@@ -251,18 +270,23 @@ def _build_schedule(recipe: Recipe, store: TokenStore) -> Schedule:
 
 def _cost_model(model: PackedModel) -> CostModel:
     config = model.causal_lm.config
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     head = config.vocab_size * config.hidden_size
     # Under ZeRO-3 a parameter keeps its real size in ds_numel; the embedding lookup costs nothing.
     total = sum(getattr(p, "ds_numel", p.numel()) for p in model.causal_lm.parameters())
     embeddings = head if config.tie_word_embeddings else 2 * head
     return CostModel.from_shape(
-        body_params=max(1, total - embeddings), head_params=head, num_layers=config.num_hidden_layers, attention_width=width
+        body_params=max(1, total - embeddings),
+        head_params=head,
+        num_layers=config.num_hidden_layers,
+        attention_width=width,
     )
 
 
 def _probe_batch(store: TokenStore, schedule: Schedule, world: World) -> MicroBatch:
-    """A real pack of the three shortest examples of step 1 (of the store, when the step has fewer); equal on all ranks."""
+    """A pack of the three shortest examples of step 1 (of the store, if the step has fewer); equal on all ranks."""
     _, ids = schedule.example_ids(1)
     pool = ids if len(ids) >= 3 else range(len(store))
     chosen = sorted(dict.fromkeys(int(i) for i in pool), key=lambda i: int(store.lengths[i]))[:3]
@@ -273,7 +297,9 @@ def _probe_batch(store: TokenStore, schedule: Schedule, world: World) -> MicroBa
 def _find_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:
     found = checkpoint.committed(recipe.run.path / "checkpoints")
     if found and not resume:
-        raise CheckpointError(f"{recipe.run.path} already holds checkpoints up to {found[-1].name}; resume it, or choose another run.name")
+        raise CheckpointError(
+            f"{recipe.run.path} already holds checkpoints up to {found[-1].name}; resume it, or choose another run.name"
+        )
     return found[-1] if found else None
 
 
@@ -289,21 +315,28 @@ def _resume(engine: Engine, path: Path, expected: RunState) -> RunState:
             failure = error
     if any_rank(failure is not None, engine.device):
         raise failure or CheckpointError(f"{path}: refused by rank 0")
-    step = int(sum_over_ranks(torch.tensor(float(found.step) if engine.world.is_main else 0.0, dtype=torch.float64, device=engine.device)))
+    step = int(
+        sum_over_ranks(
+            torch.tensor(float(found.step) if engine.world.is_main else 0.0, dtype=torch.float64, device=engine.device)
+        )
+    )
     engine.load(path)
     logger.info("resumed from %s", path)
     return RunState(**(vars(expected) | {"step": step}))
 
 
 def _record_attempt(recipe: Recipe, world: World) -> int:
-    """Count this start in run.json and keep the resolved recipe beside it. Attempts count from 1."""
+    """Count this start in run.json, beside the resolved recipe. Attempts count from 1; rank 0 keeps the count."""
+    if not world.is_main:
+        return 0
     path = recipe.run.path / "run.json"
+    recipe.run.path.mkdir(parents=True, exist_ok=True)
+    (recipe.run.path / STOP_FILE).unlink(missing_ok=True)
     attempt = 1 + (json.loads(path.read_text(encoding="utf-8"))["attempts"] if path.exists() else 0)
-    if world.is_main:
-        recipe.run.path.mkdir(parents=True, exist_ok=True)
-        (recipe.run.path / STOP_FILE).unlink(missing_ok=True)
-        path.write_text(json.dumps({"attempts": attempt, "world_size": world.size}), encoding="utf-8")
-        (recipe.run.path / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    writing = path.with_suffix(".tmp")
+    writing.write_text(json.dumps({"attempts": attempt, "world_size": world.size}), encoding="utf-8")
+    writing.replace(path)
+    (recipe.run.path / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     return attempt
 
 

@@ -40,7 +40,10 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         fallback = {"LOCAL_RANK": environ.get("RANK"), "LOCAL_WORLD_SIZE": environ.get("WORLD_SIZE")}.get(key)
         text = environ.get(key, fallback)
         if text is None or not text.isdigit():
-            raise ConfigError(f"environment {key}={text!r}: a launcher sets RANK and WORLD_SIZE to whole numbers; unset both for one process")
+            raise ConfigError(
+                f"environment {key}={text!r}: a launcher sets RANK and WORLD_SIZE to whole numbers; "
+                "unset both for one process"
+            )
         values[key] = int(text)
     world = World(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"])
     if not 0 <= world.rank < world.size:
@@ -48,7 +51,10 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     if world.size > 1:
         for key in ("MASTER_ADDR", "MASTER_PORT"):
             if key not in environ:
-                raise ConfigError(f"environment {key} is missing with WORLD_SIZE={world.size}; start through accelerate launch or torchrun")
+                raise ConfigError(
+                    f"environment {key} is missing with WORLD_SIZE={world.size}; "
+                    "start through accelerate launch or torchrun"
+                )
     return world
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 USER, ASSISTANT, STOP = "<|u|>", "<|a|>", "<|e|>"
-WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
+WORDS = list(string.ascii_lowercase)
 # Markers cost one token each, so that a short example is short: "<|u|>x<|a|>y<|e|>" is 5 tokens.
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|a|>{{ m.content }}<|e|>"
@@ -35,7 +36,12 @@ def write_tokenizer(directory: Path) -> Path:
     tokenizer.decoder = decoders.Fuse()
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": STOP, "pad_token": USER, "chat_template": TEMPLATE}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": STOP,
+        "pad_token": USER,
+        "chat_template": TEMPLATE,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
@@ -94,7 +100,7 @@ def free_port() -> int:
 
 
 def run_ranks(command: Sequence[str], *, world_size: int, timeout_s: float, cwd: Path | None = None) -> str:
-    """Run the command once per rank and return rank 0's output. Raises AssertionError with all output when one fails."""
+    """Run the command once per rank and return rank 0's output. Raises AssertionError with all output on failure."""
     root = Path(__file__).resolve().parent.parent
     shared = os.environ | {
         "WORLD_SIZE": str(world_size),

@@ -1,11 +1,11 @@
 """Example ids to the tensors of a micro-batch. Targets are shifted here, once per document, and nowhere else.
 
-    pack            doc A = [u u u R R]      doc B = [u R R]
-    position_ids    0 1 2 3 4                0 1 2
-    cu_seqlens      0                   5            8
-    response_index  2 3                      5 6         the position that predicts each R
-    targets         R R                      R R
-    weights         1/(N*2) each             1/(N*2) each
+pack            doc A = [u u u R R]      doc B = [u R R]
+position_ids    0 1 2 3 4                0 1 2
+cu_seqlens      0                   5            8
+response_index  2 3                      5 6         the position that predicts each R
+targets         R R                      R R
+weights         1/(N*2) each             1/(N*2) each
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,9 @@ def _assemble(
     # A token is predicted from the position before it, within its own document: position 0 is never trained.
     index = [start + positions - 1 for start, positions in zip(cu_seqlens, trained, strict=False)]
     targets = [document[positions] for document, positions in zip(ids, trained, strict=True)]
-    per_token = [np.full(len(positions), weight, np.float32) for positions, weight in zip(trained, weights, strict=True)]
+    per_token = [
+        np.full(len(positions), weight, np.float32) for positions, weight in zip(trained, weights, strict=True)
+    ]
     return MicroBatch(
         input_ids=torch.from_numpy(np.concatenate(ids))[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
@@ -121,7 +123,9 @@ def _assemble(
     )
 
 
-def build_step(store: TokenStore, batch: GlobalBatch, *, rank: int, loss: LossName, pack_tokens: int | None) -> StepBatch:
+def build_step(
+    store: TokenStore, batch: GlobalBatch, *, rank: int, loss: LossName, pack_tokens: int | None
+) -> StepBatch:
     """This rank's micro-batches of a step, with weights that are final."""
     ids = batch.example_ids
     num_responses = store.num_responses[ids]
@@ -170,4 +174,3 @@ def load_steps(
         while (step := ahead.result()) is not None:
             ahead = pool.submit(build_next)
             yield step
-

@@ -10,11 +10,11 @@ Needs `tokenizers` and `jinja2` only: transformers' AutoTokenizer would import t
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -43,7 +43,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -142,27 +143,37 @@ class ChatTokenizer:
             specials |= _install_chatml(self._tokenizer, specials)
             self.added_token_ids = tuple(range(known, self._tokenizer.get_vocab_size(with_added_tokens=True)))
         self.template, self.specials = template, specials
-        self.files = _final_files(files, self._tokenizer if self.added_chatml else None, config, special_map, specials, template)
+        self.files = _final_files(
+            files, self._tokenizer if self.added_chatml else None, config, special_map, specials, template
+        )
         self._compiled = _compile(template, name)
         self._encoder = _encoder(self._tokenizer)
-        self._added = {token.content: token.special for token in self._tokenizer.get_added_tokens_decoder().values()}
-        # Ids of control tokens, which no message may contain.
-        self.special_ids = frozenset(self._tokenizer.token_to_id(text) for text, special in self._added.items() if special)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token.content: number for number, token in added.items()}
+        # Control tokens, which no message may contain; other added tokens (<think>) are words like any other.
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self.markers = self._learn_markers()
-        self._template_stop_ids = frozenset(self._tokenizer.token_to_id(stop) for stop in self.markers.stops)
+        self._template_stop_ids = tuple(self._added[stop] for stop in self.markers.stops)
         stops = _any_of(set(self.markers.stops)).pattern
         self._stop = re.compile(rf"\s*({stops})")
         self._stop_at_end = re.compile(rf"({stops})\Z")
-        self._control = _any_of({*(text for text, special in self._added.items() if special), *self.markers.stops})
+        self._control = _any_of(
+            {*(text for text, number in self._added.items() if number in self.special_ids), *self.markers.stops}
+        )
 
     @classmethod
-    def load(cls, path: str | Path, *, revision: str | None = None, chat_template: Path | None = None) -> "ChatTokenizer":
-        """Read the tokenizer of a model directory or hub id. Without any template, ChatML is installed: see `added_chatml`.
+    def load(
+        cls, path: str | Path, *, revision: str | None = None, chat_template: Path | None = None
+    ) -> "ChatTokenizer":
+        """Read the tokenizer of a model directory or hub id.
 
+        Without any template ChatML is installed, which may add tokens: see `added_chatml` and `num_tokens`.
         Raises ConfigError if there is no tokenizer.json, a file cannot be parsed, or the template cannot be used.
         """
         files = _read_files(path, revision)
-        return cls(files, name=str(path), chat_template=None if chat_template is None else _read_template(chat_template))
+        return cls(
+            files, name=str(path), chat_template=None if chat_template is None else _read_template(chat_template)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -180,8 +191,8 @@ class ChatTokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: the template's stop tokens first, then eos."""
-        ids = [self._tokenizer.token_to_id(stop) for stop in self.markers.stops]
-        return tuple(dict.fromkeys([*ids, *([] if self.eos_id is None else [self.eos_id])]))
+        eos = () if self.eos_id is None else (self.eos_id,)
+        return tuple(dict.fromkeys([*self._template_stop_ids, *eos]))
 
     @property
     def digest(self) -> str:
@@ -192,7 +203,7 @@ class ChatTokenizer:
         return digest.hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer files; `load` and transformers' AutoTokenizer read them back to the same ids and renders."""
+        """Write the tokenizer files. `load` and transformers' AutoTokenizer read back the same ids and renders."""
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (directory / name).write_bytes(content)
@@ -218,19 +229,16 @@ class ChatTokenizer:
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Example | BadRow]:
         """Tokenise and mask a batch, in order. A result is an Example only if its mask was verified; see `_verify`."""
-        results: list[Example | BadRow] = [self._mark_or_refuse(conversation) for conversation in conversations]  # type: ignore[misc]
-        rendered = [(index, result) for index, result in enumerate(results) if isinstance(result, _Rendered)]
-        encodings = self._encoder.encode_batch([item.text for _, item in rendered], add_special_tokens=False)
-        tokens = [_Tokens.of(encoding.ids, encoding.offsets, item.spans) for encoding, (_, item) in zip(encodings, rendered, strict=True)]
-        decoded = iter(self._encoder.decode_batch([ids for each in tokens for ids in each.responses()], skip_special_tokens=False))
-        for each, (index, item) in zip(tokens, rendered, strict=True):
-            texts = [next(decoded) for _ in each.ranges]
-            try:
-                self._verify(item, each, texts)
-                results[index] = each.example(item.origin)
-            except _NotVerified as error:
-                results[index] = BadRow(item.origin, error.cause, error.reason)
-        return results
+        marked = [self._mark_or_refuse(conversation) for conversation in conversations]
+        rendered = [item for item in marked if isinstance(item, _Rendered)]
+        encodings = self._encoder.encode_batch([item.text for item in rendered], add_special_tokens=False)
+        tokens = [
+            _Tokens.of(code.ids, code.offsets, item.spans) for code, item in zip(encodings, rendered, strict=True)
+        ]
+        responses = [ids for each in tokens for ids in each.responses()]
+        texts = iter(self._encoder.decode_batch(responses, skip_special_tokens=False))
+        examples = iter([self._verified(item, each, texts) for item, each in zip(rendered, tokens, strict=True)])
+        return [next(examples) if isinstance(item, _Rendered) else item for item in marked]
 
     # ------------------------------------------------------------ marking
 
@@ -242,7 +250,7 @@ class ChatTokenizer:
             return BadRow(conversation.origin, error.cause, error.reason)
 
     def _mark(self, conversation: Conversation) -> _Rendered:
-        """Render once with a sentinel at the end of each answer, and once without, to prove that it changed nothing else."""
+        """Render with a sentinel at the end of each answer, and once without, to prove that it changed nothing else."""
         messages = conversation.messages
         turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
         sentinels = _free_sentinels(messages, len(turns))
@@ -263,37 +271,62 @@ class ChatTokenizer:
         return _Rendered(text, tuple(spans), answers, conversation.origin)
 
     def _find_span(self, text: str, answer: str, *, low: int, position: int) -> tuple[int, int]:
-        """[start, end) of the answer that ends at `position` and lies after `low`: from the header through the stop token."""
+        """[start, end) of the answer that ends at `position` and begins after `low`: from header through stop token."""
         header, prompt = self.markers.header, self.markers.generation_prompt
         if header in answer:
-            raise _NotVerified("mask_not_verified", f"an answer contains {header!r}, by which the template announces an answer")
+            raise _NotVerified(
+                "mask_not_verified", f"an answer contains {header!r}, by which the template announces an answer"
+            )
         found = text.rfind(header, low, position)
         if found < 0:
             raise _NotVerified("mask_not_verified", f"the template writes an answer without {header!r} before it")
         stop = self._stop.match(text, position)
         if stop is None:
-            raise _NotVerified("mask_not_verified", f"no stop token follows an answer; expected {' or '.join(self.markers.stops)}")
+            raise _NotVerified(
+                "mask_not_verified", f"no stop token follows an answer; expected {' or '.join(self.markers.stops)}"
+            )
         # Templates that open a thinking block in the generation prompt leave it out before earlier answers.
         start = found + len(prompt if text.startswith(prompt, found) else header)
         return min(start, position), stop.end()
 
+    def _verified(self, item: _Rendered, tokens: "_Tokens", texts: Iterator[str]) -> Example | BadRow:
+        """texts: takes the decoded text of each of the item's responses from it."""
+        decoded = [next(texts) for _ in tokens.ranges]
+        try:
+            self._verify(item, tokens, decoded)
+        except _NotVerified as error:
+            return BadRow(item.origin, error.cause, error.reason)
+        return tokens.example(item.origin)
+
     def _verify(self, item: _Rendered, tokens: "_Tokens", texts: Sequence[str]) -> None:
         """Raise unless each masked span decodes to its text, holds the answer's words and ends in a stop token."""
         if not tokens.ranges or tokens.ranges[0][0] == 0:
-            raise _NotVerified("mask_not_verified", "the first token would be a response; it has nothing before it to be predicted from")
-        for (first, last), (start, end), answer, decoded in zip(tokens.ranges, item.spans, item.answers, texts, strict=True):
+            raise _NotVerified(
+                "mask_not_verified",
+                "the first token would be a response; it has nothing before it to be predicted from",
+            )
+        for (first, last), (start, end), answer, decoded in zip(
+            tokens.ranges, item.spans, item.answers, texts, strict=True
+        ):
             if first >= last or tokens.ids[last - 1] not in self._template_stop_ids:
                 raise _NotVerified("mask_not_verified", "a response does not end in a stop token")
             # A token may begin in the white space that ends the generation prompt: "\n" + "\nyes" is one "\n\n".
             begin = min(start, tokens.offsets[first][0])
             if item.text[begin:start].strip():
-                raise _NotVerified("mask_not_verified", f"a token joins {item.text[begin:start]!r} of the prompt with the response")
+                raise _NotVerified(
+                    "mask_not_verified", f"a token joins {item.text[begin:start]!r} of the prompt with the response"
+                )
             span = item.text[begin:end]
             if not self._same_text(decoded, span):
-                raise _NotVerified("mask_not_verified", f"the trained tokens decode to {_clip(decoded)}, not {_clip(span)}")
+                raise _NotVerified(
+                    "mask_not_verified", f"the trained tokens decode to {_clip(decoded)}, not {_clip(span)}"
+                )
             body = self._stop_at_end.sub("", span).rstrip()
             if not body.endswith(_words(answer)):
-                raise _NotVerified("mask_not_verified", f"the response {_clip(body)} does not end with the answer {_clip(_words(answer))}")
+                raise _NotVerified(
+                    "mask_not_verified",
+                    f"the response {_clip(body)} does not end with the answer {_clip(_words(answer))}",
+                )
 
     def _same_text(self, decoded: str, span: str) -> bool:
         return decoded == span or self._canonical(decoded) == self._canonical(span)
@@ -303,7 +336,8 @@ class ChatTokenizer:
         normalizer = self._tokenizer.normalizer
         if normalizer is None:
             return text
-        return normalizer.normalize_str(text).replace("\u2581", " ").strip()
+        normal: str = normalizer.normalize_str(text)
+        return normal.replace("\u2581", " ").strip()
 
     # ------------------------------------------------------------ template
 
@@ -311,10 +345,16 @@ class ChatTokenizer:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             return self._compiled.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self.specials
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.specials,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise _NotVerified("template_refused", f"the chat template refuses this conversation: {_clip(str(error))}") from None
+            raise _NotVerified(
+                "template_refused", f"the chat template refuses this conversation: {_clip(str(error))}"
+            ) from None
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for index, message in enumerate(messages):
@@ -325,7 +365,7 @@ class ChatTokenizer:
                 )
 
     def _learn_markers(self) -> Markers:
-        """Render a probe and read off what surrounds answers. Raises ConfigError for a template that shows no such thing."""
+        """Render a probe and read off what surrounds answers. Raises ConfigError if nothing does."""
         ask, answer, mark = "Probe question?", "Probe answer.", chr(SENTINEL_PLANES[0])
         try:
             prefix = self._render([("user", ask)])
@@ -339,22 +379,28 @@ class ChatTokenizer:
         prompt = prompt or prompted[prompted.rfind(ask) + len(ask) :]
         ends = [match.start() for match in re.finditer(mark, full)]
         if len(ends) != 2 or ask not in prompted:
-            raise ConfigError(f"{self.name}: the chat template does not render each answer once; give another in data.chat_template")
+            raise ConfigError(
+                f"{self.name}: the chat template does not render each answer once; give another in data.chat_template"
+            )
         header = min((_header_before(full, ask, answer, end, prompt) for end in ends), key=len)
         stops = [self._stop_after(full, end + 1) for end in ends]
         if not header.strip() or None in stops:
-            raise ConfigError(self._no_markers(header, stops))
+            raise ConfigError(self._no_markers(header))
         return Markers(prompt, header, tuple(sorted(set(filter(None, stops)))))
 
     def _stop_after(self, text: str, position: int) -> str | None:
         match = re.compile(rf"\s*({_any_of(set(self._added)).pattern})").match(text, position)
         return match.group(1) if match else None
 
-    def _no_markers(self, header: str, stops: Sequence[str | None]) -> str:
-        missing = "writes nothing before an answer" if not header.strip() else "ends answers with no special token of this tokenizer"
+    def _no_markers(self, header: str) -> str:
+        if header.strip():
+            missing = (
+                "ends answers with no special token of this tokenizer, so answers have no end that a model could learn"
+            )
+        else:
+            missing = "writes nothing before an answer, so answers have no beginning that a mask could start at"
         return (
-            f"{self.name}: the chat template {missing}, so answers have no {'start' if not header.strip() else 'end'} that a model "
-            "could learn; give a template in data.chat_template that fits the tokenizer"
+            f"{self.name}: the chat template {missing}; give a template that fits the tokenizer in data.chat_template"
         )
 
     def _id_of(self, name: str) -> int | None:
@@ -376,13 +422,17 @@ def _free_sentinels(messages: Sequence[Message], count: int) -> list[str]:
     """`count` characters that occur in no message. Raises _NotVerified if both private-use planes are taken."""
     text = "".join(message.content for message in messages)
     for plane in SENTINEL_PLANES:
-        if count <= SENTINELS_PER_PLANE and not re.search(f"[{chr(plane)}-{chr(plane + SENTINELS_PER_PLANE - 1)}]", text):
+        if count <= SENTINELS_PER_PLANE and not re.search(
+            f"[{chr(plane)}-{chr(plane + SENTINELS_PER_PLANE - 1)}]", text
+        ):
             return [chr(plane + index) for index in range(count)]
-    raise _NotVerified("mask_not_verified", "contains private-use characters of both supplementary planes, which mark answers here")
+    raise _NotVerified(
+        "mask_not_verified", "contains private-use characters of both supplementary planes, which mark answers here"
+    )
 
 
 def _append(content: str, sentinel: str) -> str:
-    """Put the sentinel after the last word, before trailing white space: a template's `trim` must still see the white space."""
+    """Put the sentinel before trailing white space: a template's `trim` must still see the white space."""
     body = content.rstrip()
     return body + sentinel + content[len(body) :]
 
@@ -399,7 +449,9 @@ def _take_out(marked: str, sentinels: Sequence[str]) -> tuple[str, list[int]]:
 def _check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
     for index, message in enumerate(messages):
         if message.role != "assistant" and message.content.strip() not in text:
-            raise _NotVerified("message_dropped", f"the template leaves out or rewrites turn {index + 1} ({message.role})")
+            raise _NotVerified(
+                "message_dropped", f"the template leaves out or rewrites turn {index + 1} ({message.role})"
+            )
 
 
 def _words(answer: str) -> str:
@@ -409,7 +461,9 @@ def _words(answer: str) -> str:
 
 def _any_of(texts: set[str]) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; never matches if there are none."""
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))) or r"(?!)")
+    return re.compile(
+        "|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))) or r"(?!)"
+    )
 
 
 def _clip(text: str, limit: int = 80) -> str:
@@ -439,7 +493,9 @@ def _download(path: str, revision: str | None) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise ConfigError(f"model.path={path!r}: neither a directory nor a hub model that can be fetched: {cause}") from None
+        raise ConfigError(
+            f"model.path={path!r}: neither a directory nor a hub model that can be fetched: {cause}"
+        ) from None
 
 
 def _read_template(path: Path) -> str:
@@ -452,7 +508,7 @@ def _read_template(path: Path) -> str:
 def _parse_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-    except Exception as error:  # noqa: BLE001  `tokenizers` raises bare Exception for any malformed file
+    except Exception as error:
         raise ConfigError(f"{name}/tokenizer.json cannot be read: {error}") from None
 
 
@@ -490,7 +546,7 @@ def _own_template(files: Mapping[str, bytes], config: Mapping[str, Any], name: s
 
 
 def _install_chatml(tokenizer: Tokenizer, specials: Mapping[str, str]) -> dict[str, str]:
-    """Add ChatML's control tokens where absent. Returns the special tokens that change: eos and, if there was none, pad.
+    """Add ChatML's control tokens where absent. Returns the special tokens that change: eos and perhaps pad.
 
     pad differs from eos if any other special token exists: a pad that is eos tempts code to mask the stop token.
     """
@@ -518,9 +574,13 @@ def _final_files(
         config |= {name: specials[name] for name in ("eos_token", "pad_token")}
         ids = {text: changed.token_to_id(text) for text in (IM_START, IM_END)}
         if "added_tokens_decoder" in config:
-            config["added_tokens_decoder"] = config["added_tokens_decoder"] | {str(ids[text]): _added_entry(text) for text in ids}
+            config["added_tokens_decoder"] = config["added_tokens_decoder"] | {
+                str(ids[text]): _added_entry(text) for text in ids
+            }
         if "special_tokens_map.json" in files:
-            final["special_tokens_map.json"] = _to_json({**special_map, **{n: specials[n] for n in ("eos_token", "pad_token")}})
+            final["special_tokens_map.json"] = _to_json(
+                {**special_map, **{n: specials[n] for n in ("eos_token", "pad_token")}}
+            )
         if "added_tokens.json" in files:
             final["added_tokens.json"] = _to_json(json.loads(files["added_tokens.json"]) | ids)
     final["tokenizer_config.json"] = _to_json(config)
@@ -529,7 +589,14 @@ def _final_files(
 
 
 def _added_entry(text: str) -> dict[str, Any]:
-    return {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "content": text,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
 
 
 def _to_json(value: Any) -> bytes:
@@ -539,7 +606,7 @@ def _to_json(value: Any) -> bytes:
 def _encoder(tokenizer: Tokenizer) -> Tokenizer:
     """A copy for encoding whole renders: no truncation, no padding, and offsets that keep white space.
 
-    A byte-level post-processor may trim offsets, which would hide tokens of white space from the mask. Everything else it
+    A byte-level post-processor may trim offsets, which would hide tokens of white space from the mask. All else it
     does is add special tokens, which the template writes itself.
     """
     copy = Tokenizer.from_str(tokenizer.to_str())
@@ -555,7 +622,7 @@ def _encoder(tokenizer: Tokenizer) -> Tokenizer:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}`: rendered as its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  declared so by Jinja
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -574,7 +641,9 @@ def _compile(template: str, name: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"{name}: the chat template has a syntax error in line {error.lineno}: {error.message}") from None
+        raise ConfigError(
+            f"{name}: the chat template has a syntax error in line {error.lineno}: {error.message}"
+        ) from None
 
 
 def _template_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -35,7 +35,10 @@ def show_example(store: TokenStore, index: int, console: Console, *, tokenizer: 
     tokenizer = tokenizer or ChatTokenizer.load(store.tokenizer_dir)
     num_responses = int(store.num_responses[index])
     console.print(
-        Text(f"example {index}  {example.origin}  {len(example.input_ids)} tokens, {num_responses} trained", style="bold"), soft_wrap=True
+        Text(
+            f"example {index}  {example.origin}  {len(example.input_ids)} tokens, {num_responses} trained", style="bold"
+        ),
+        soft_wrap=True,
     )
     console.print(render_example(example, tokenizer, brackets=console.color_system is None), soft_wrap=True)
 
@@ -60,7 +63,9 @@ def summary(store: TokenStore, console: Console) -> None:
     table.add_column()
     for source in meta["sources"]:
         kept = source["last"] - source["first"]
-        table.add_row("source", Text(f"{source['path']}  {source['format']}  {kept} of {source['rows_read']} rows kept"))
+        table.add_row(
+            "source", Text(f"{source['path']}  {source['format']}  {kept} of {source['rows_read']} rows kept")
+        )
     table.add_row("rows", f"{meta['rows_read']} read, {meta['kept']} kept, {meta['rows_read'] - meta['kept']} dropped")
     for cause, dropped in meta["dropped"].items():
         table.add_row("dropped", Text(f"{dropped['count']} {cause}, e.g. {dropped['examples'][0]}"))
@@ -86,7 +91,7 @@ def _runs(example: Example) -> Iterator[tuple[list[int], bool]]:
 
 
 def _append_run(text: Text, ids: list[int], tokenizer: ChatTokenizer, *, kind: str) -> None:
-    """Decode a run piecewise, so that control tokens get their own style; the rest is decoded together, or characters would split."""
+    """Decode a run with control tokens in their own style; what is between them together, or characters would split."""
     plain: list[int] = []
     for token in [*ids, None]:
         if token is not None and token not in tokenizer.special_ids:

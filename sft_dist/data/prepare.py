@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
@@ -18,7 +19,7 @@ def open_or_prepare(
 
     Raises DataError for bad rows, an empty source or a preparation that failed; ConfigError for a bad tokenizer.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "model_path": recipe.model.path,
         "revision": recipe.model.revision,
         "chat_template": recipe.data.chat_template,

@@ -143,7 +143,9 @@ def epoch_draws(
             parts.append(rng.choice(ids, size=extra, replace=False))
     draws = np.concatenate(parts) if parts else np.empty(0, np.int64)
     if not len(draws):
-        raise ConfigError(f"data.train gives no draws: source weights {list(weights)} over {list(sources)}; raise a weight")
+        raise ConfigError(
+            f"data.train gives no draws: source weights {list(weights)} over {list(sources)}; raise a weight"
+        )
     return rng.permutation(draws)
 
 
@@ -185,7 +187,9 @@ def spread(
     """
     ids = np.asarray(example_ids, dtype=np.int64)
     if pack_tokens is not None and len(ids) and int(lengths[ids].max()) > pack_tokens:
-        raise ConfigError(f"batch.pack_tokens={pack_tokens} is shorter than an example of {int(lengths[ids].max())} tokens; raise it")
+        raise ConfigError(
+            f"batch.pack_tokens={pack_tokens} is shorter than an example of {int(lengths[ids].max())} tokens; raise it"
+        )
     costs = cost.of(lengths[ids], num_responses[ids])
     order = np.argsort(-costs, kind="stable").tolist()
     if pack_tokens is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
@@ -27,7 +27,16 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
 # something else than what the row says.
 ROW_FIELDS_REFUSED = ("tools", "functions", "images", "videos", "audios")
 TURN_FIELDS_REFUSED = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking")
-PARQUET_COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "history", *ROW_FIELDS_REFUSED)
+PARQUET_COLUMNS = (
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    *ROW_FIELDS_REFUSED,
+)
 NUM_ROWS_TO_DETECT = 100
 MAX_LINE_BYTES = 256 * 2**20  # a "line" beyond this is a file without line breaks, which must not fill the memory
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -96,7 +105,9 @@ def list_files(source: Source) -> tuple[Path, ...]:
     """
     path = Path(source.path).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file() and not _hidden(file, path))
+        found = sorted(
+            file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file() and not _hidden(file, path)
+        )
         if not found:
             raise DataError(f"{path}: no data file in this folder; expected files ending in {', '.join(SUFFIXES)}")
         return tuple(found)
@@ -115,10 +126,12 @@ def source_names(source: Source) -> tuple[str, ...]:
 
 
 def hash_source(source: Source) -> str:
-    """Hex digest of the bytes of every file of a source, or of the version of a hub data set. Names of folders do not count."""
+    """Hex digest of the bytes of every file of a source, or of the version of a hub data set; names do not count."""
     files = list_files(source)
     if not files:
-        return xxhash.xxh3_128_hexdigest(f"hub {_load_hub(source.path, source.split, source.revision)._fingerprint}".encode())
+        return xxhash.xxh3_128_hexdigest(
+            f"hub {_load_hub(source.path, source.split, source.revision)._fingerprint}".encode()
+        )
     digest = xxhash.xxh3_128()
     for file in files:
         digest.update(f"{file.suffix} {_hash_file(file)}\n".encode())
@@ -138,10 +151,14 @@ def _hidden(file: Path, folder: Path) -> bool:
 
 
 def _looks_like_path(text: str) -> bool:
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or Path(text).suffix in (*SUFFIXES, ".csv", ".txt", ".gz", ".zst")
+    return (
+        text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+        or Path(text).suffix in (*SUFFIXES, ".csv", ".txt", ".gz", ".zst")
+    )
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> BinaryIO:
     try:
         return file.open("rb")
     except OSError as error:
@@ -152,9 +169,11 @@ def _open(file: Path) -> Any:
 
 
 def iter_rows(source: Source) -> Iterator[RawRow]:
-    """All rows of a source in order, unparsed. Memory is bounded by a row (JSONL), a row group (Parquet), a file (JSON array).
+    """All rows of a source in order, unparsed.
 
-    Raises DataError where a file is broken beyond its rows: an array that cannot be parsed past some line, a damaged Parquet file.
+    Memory is bounded by a line (JSONL), a batch of 512 rows (Parquet) or a file (JSON array).
+    Raises DataError where a file is broken beyond its rows: an array that cannot be parsed past some line,
+    a damaged Parquet file.
     """
     files = list_files(source)
     if not files:
@@ -175,14 +194,16 @@ def _line_rows(file: Path) -> Iterator[RawRow]:
         while text := stream.readline(MAX_LINE_BYTES):
             line += 1
             if len(text) == MAX_LINE_BYTES and not text.endswith(b"\n"):
-                raise DataError(f"{file}:{line}: a line of more than {MAX_LINE_BYTES} bytes; JSONL has one row per line")
+                raise DataError(
+                    f"{file}:{line}: a line of more than {MAX_LINE_BYTES} bytes; JSONL has one row per line"
+                )
             if line == 1 and file.suffix == ".json":
                 _require_object(text, file)
             if text.strip():
                 yield RawRow(Origin(str(file), line), text)
 
 
-def _skip_bom(stream: Any, file: Path) -> None:
+def _skip_bom(stream: BinaryIO, file: Path) -> None:
     start = stream.read(3)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{file}: is UTF-16; expected UTF-8: convert it, e.g. `iconv -f UTF-16 -t UTF-8`")
@@ -190,7 +211,7 @@ def _skip_bom(stream: Any, file: Path) -> None:
 
 
 def _require_object(text: bytes, file: Path) -> None:
-    """A .json file that is no array must hold one object per line, or a pretty-printed object gives an error for each line."""
+    """A .json file that is no array must hold an object per line; a pretty-printed one would give an error a line."""
     try:
         whole = isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
@@ -223,14 +244,19 @@ def _array_rows(file: Path) -> Iterator[RawRow]:
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}:{_error_line(error, line)}: malformed JSON in an array, rows after it cannot be read: {error}") from None
+            raise DataError(
+                f"{file}:{_error_line(error, line)}: malformed JSON in an array, rows after it cannot be read: {error}"
+            ) from None
         yield RawRow(Origin(str(file), line), text[position:end].encode("utf-8"))
         is_first = False
         position = _skip_space(text, end)
         separator = text[position : position + 1]
         if separator not in (",", "]"):
             line += text.count("\n", counted, position)
-            raise DataError(f"{file}:{line}: malformed JSON in an array: expected ',' or ']' after a row, got {separator or 'end of file'!r}")
+            raise DataError(
+                f"{file}:{line}: malformed JSON in an array: expected ',' or ']' after a row, "
+                f"got {separator or 'end of file'!r}"
+            )
         position += 1
         if separator == "]":
             break
@@ -268,7 +294,10 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
         table = pyarrow.parquet.ParquetFile(file)
         columns = [name for name in table.schema_arrow.names if name in PARQUET_COLUMNS]
         if not columns:
-            raise DataError(f"{file}: none of its columns {', '.join(table.schema_arrow.names)} is one of {', '.join(PARQUET_COLUMNS)}")
+            raise DataError(
+                f"{file}: none of its columns {', '.join(table.schema_arrow.names)} "
+                f"is one of {', '.join(PARQUET_COLUMNS)}"
+            )
         line = 0
         for batch in table.iter_batches(batch_size=512, columns=columns):
             for row in batch.to_pylist():
@@ -292,7 +321,9 @@ def _load_hub(path: str, split: str, revision: str | None) -> Any:
         return datasets.load_dataset(path, split=split, revision=revision)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise DataError(f"{path}: neither a local file nor a hub data set with split {split!r} that can be loaded: {cause}") from None
+        raise DataError(
+            f"{path}: neither a local file nor a hub data set with split {split!r} that can be loaded: {cause}"
+        ) from None
 
 
 # ---------------------------------------------------------------- row formats
@@ -376,7 +407,10 @@ def _parse_sharegpt(row: Mapping[str, Any]) -> list[Message]:
 
 def _parse_alpaca(row: Mapping[str, Any]) -> list[Message]:
     if row.get("history"):
-        raise _Refused("unsupported_field", "has earlier turns in 'history', which Alpaca rows cannot hold here; use the messages format")
+        raise _Refused(
+            "unsupported_field",
+            "has earlier turns in 'history', which Alpaca rows cannot hold here; use the messages format",
+        )
     for key in FORMAT_KEYS["alpaca"]:
         if key not in row:
             raise _Refused("bad_structure", f"no {key!r}, which an Alpaca row needs; its keys are {_keys(row)}")
@@ -405,7 +439,9 @@ def _turns(row: Mapping[str, Any], field: str, *, keys: tuple[str, str], roles: 
 
 def _turn(turn: Any, where: str, *, keys: tuple[str, str], roles: Mapping[str, str]) -> Message:
     if not isinstance(turn, dict):
-        raise _Refused("bad_structure", f"{where} is {_kind(turn)}; expected an object with {keys[0]!r} and {keys[1]!r}")
+        raise _Refused(
+            "bad_structure", f"{where} is {_kind(turn)}; expected an object with {keys[0]!r} and {keys[1]!r}"
+        )
     turn = _without_nulls(turn)
     _refuse_fields(turn, TURN_FIELDS_REFUSED, where)
     for key in keys:
@@ -422,7 +458,10 @@ def _check_structure(messages: Sequence[Message]) -> None:
     if not messages:
         raise _Refused("bad_structure", "the conversation is empty")
     if not any(message.train for message in messages):
-        raise _Refused("no_assistant_turn", f"no assistant turn, nothing to train on; roles are {', '.join(m.role for m in messages[:8])}")
+        raise _Refused(
+            "no_assistant_turn",
+            f"no assistant turn, nothing to train on; roles are {', '.join(m.role for m in messages[:8])}",
+        )
     for index, message in enumerate(messages):
         if message.role != "system" and not message.content.strip():
             raise _Refused("empty_content", f"turn {index + 1} ({message.role}) is empty")
@@ -446,15 +485,19 @@ def _text(value: Any, where: str) -> str:
 
 
 def _part(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
         raise _Refused("bad_structure", f'{where} is not {{"type": "text", "text": ...}}; only text can be trained on')
-    return part["text"]
+    return text
 
 
 def _refuse_fields(fields: Mapping[str, Any], refused: Sequence[str], where: str) -> None:
     for key in refused:
         if fields.get(key):
-            raise _Refused("unsupported_field", f"{where} has {key!r}, which is not supported; leaving it out would train something else")
+            raise _Refused(
+                "unsupported_field",
+                f"{where} has {key!r}, which is not supported; leaving it out would train something else",
+            )
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -462,7 +505,15 @@ def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    names = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 

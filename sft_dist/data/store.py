@@ -84,7 +84,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, path: Path) -> "TokenStore":
-        """Map a committed store. Raises DataError if there is none at `path` or a file is not of the size it was committed with."""
+        """Map a committed store. Raises DataError if there is none at `path` or a file has not the size it had."""
         _check_committed(path)
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         with np.load(path / "index.npz") as index:
@@ -169,8 +169,8 @@ def prepare(
     """Open the store of these sources, making it first if there is none. Safe to call from several processes.
 
     workers: tokeniser processes, None for one per core. progress: called with the number of rows done so far.
-    Raises DataError for bad rows under `bad_rows="error"`, too long ones under `too_long="error"`, or if nothing is left;
-    ConfigError for a tokenizer that cannot be used.
+    Raises DataError for bad rows under `bad_rows="error"`, too long ones under `too_long="error"`, or if nothing is
+    left; ConfigError for a tokenizer that cannot be used.
     """
     tokenizer = ChatTokenizer.load(model_path, revision=revision, chat_template=chat_template)
     plan = _plan(sources, tokenizer, max_tokens=max_tokens, too_long=too_long, bad_rows=bad_rows)
@@ -210,14 +210,19 @@ def wait_for_store(
         if _is_locked(path):
             free_since = now
         if now - free_since > grace_s:
-            raise DataError(f"{path}: preparation failed on local rank 0: nobody has held its lock for {grace_s:g} s; see that rank's log")
+            raise DataError(
+                f"{path}: preparation failed on local rank 0: nobody has held its lock for {grace_s:g} s; "
+                "see that rank's log"
+            )
         if now - begin > timeout_s:
             raise DataError(f"{path}: no token store after {timeout_s:g} s; run `sft-dist prepare` before training")
         time.sleep(poll_s)
     return TokenStore.open(path)
 
 
-def store_fingerprint(sources: Sequence[Source], tokenizer: ChatTokenizer, *, max_tokens: int, too_long: str, bad_rows: str) -> str:
+def store_fingerprint(
+    sources: Sequence[Source], tokenizer: ChatTokenizer, *, max_tokens: int, too_long: str, bad_rows: str
+) -> str:
     """32 hex digits that name a store. Two equal ones hold the same tokens."""
     return _plan(sources, tokenizer, max_tokens=max_tokens, too_long=too_long, bad_rows=bad_rows).fingerprint
 
@@ -234,7 +239,9 @@ class _Plan:
     bad_rows: str
 
 
-def _plan(sources: Sequence[Source], tokenizer: ChatTokenizer, *, max_tokens: int, too_long: str, bad_rows: str) -> _Plan:
+def _plan(
+    sources: Sequence[Source], tokenizer: ChatTokenizer, *, max_tokens: int, too_long: str, bad_rows: str
+) -> _Plan:
     formats = tuple(detect_format(source) for source in sources)
     content = {
         "version": FORMAT_VERSION,
@@ -500,7 +507,10 @@ class _Writer:
         }
 
     def _dropped(self, cause: str) -> dict[str, Any]:
-        return {"count": self.refused[cause], "examples": [str(row) for row in self.examples[cause][:NUM_EXAMPLES_PER_CAUSE]]}
+        return {
+            "count": self.refused[cause],
+            "examples": [str(row) for row in self.examples[cause][:NUM_EXAMPLES_PER_CAUSE]],
+        }
 
 
 def _check_rows(writer: _Writer, plan: _Plan) -> None:
@@ -518,7 +528,9 @@ def _check_rows(writer: _Writer, plan: _Plan) -> None:
     if not writer.lengths:
         counts = ", ".join(f"{count} {cause}" for cause, count in writer.refused.most_common()) or "there were none"
         rows = [row for examples in writer.examples.values() for row in examples[:NUM_EXAMPLES_PER_CAUSE]]
-        raise DataError(_listing(f"nothing is left to train on of {writer.num_rows} rows ({counts})", rows[:NUM_LISTED], len(rows)))
+        raise DataError(
+            _listing(f"nothing is left to train on of {writer.num_rows} rows ({counts})", rows[:NUM_LISTED], len(rows))
+        )
 
 
 def _listing(title: str, rows: Sequence[BadRow], total: int) -> str:
@@ -531,7 +543,7 @@ def _listing(title: str, rows: Sequence[BadRow], total: int) -> str:
 
 
 def _commit(temporary: Path, path: Path) -> None:
-    """Flush everything, move the directory into place, then write COMMITTED: a crash at any point leaves no committed store."""
+    """Flush everything, move it into place, then write COMMITTED: a crash at any point leaves no committed store."""
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
     sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
     for file in [*files, temporary / "tokenizer", temporary]:
@@ -558,7 +570,7 @@ def _is_committed(path: Path) -> bool:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what a killed run left: this store without its commit, and temporary directories that nobody's lock guards."""
+    """Remove what killed runs left: this store without its commit, and temporary directories that no lock guards."""
     shutil.rmtree(path, ignore_errors=True)
     for leftover in path.parent.glob(".tmp-*"):
         owner = path.parent / leftover.name.removeprefix(".tmp-")
@@ -578,7 +590,9 @@ def _locked(path: Path, *, timeout_s: float) -> Iterator[None]:
     try:
         lock.acquire(timeout=timeout_s)
     except Timeout:
-        raise DataError(f"{path}: another process has been preparing this store for {timeout_s:g} s; wait for it or end it") from None
+        raise DataError(
+            f"{path}: another process has been preparing this store for {timeout_s:g} s; wait for it or end it"
+        ) from None
     try:
         yield
     finally:
@@ -601,6 +615,16 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
             raise
-        raise DataError(f"{path}: the token store cannot be written: {error.strerror}; free space or set data.store") from None
+        raise DataError(
+            f"{path}: the token store cannot be written: {error.strerror}; free space or set data.store"
+        ) from None

@@ -38,15 +38,24 @@ def join_process_group(world: World, device: torch.device, *, timeout_s: float, 
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.size == 1:
         # Libraries read these even for a world of one; nothing listens, the store is in this process.
-        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        for key, value in {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }.items():
             os.environ.setdefault(key, value)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.distributed_c10d.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     counted = int(sum_over_ranks(torch.ones((), device=device)))
     if counted != world.size:
-        raise BackendError(f"an all-reduce of 1 gave {counted}, the launcher says WORLD_SIZE={world.size}; the ranks do not form one group")
+        raise BackendError(
+            f"an all-reduce of 1 gave {counted}, the launcher says WORLD_SIZE={world.size}: the ranks form no group"
+        )
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

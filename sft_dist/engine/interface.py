@@ -1,16 +1,23 @@
 """What the training loop needs of an engine, and nothing more."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.model.load import PackedModel
 from sft_dist.world import World
+
+
+class MakeOptimizer(Protocol):
+    """Builds the optimizer over an engine's master weights."""
+
+    def __call__(self, named: Iterable[tuple[str, nn.Parameter]], *, fused: bool) -> torch.optim.Optimizer: ...
 
 
 @dataclass(frozen=True)

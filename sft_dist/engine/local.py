@@ -16,12 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sft_dist.config import OptimSection
 from sft_dist.data.batch import MicroBatch
 from sft_dist.engine.collectives import sum_over_ranks
-from sft_dist.engine.interface import StepResult
+from sft_dist.engine.interface import MakeOptimizer, StepResult
 from sft_dist.model.load import PackedModel
-from sft_dist.optim import build_adamw, needs_decay
 from sft_dist.world import World
 
 BUCKET_ELEMENTS = 64 * 2**20
@@ -33,18 +31,21 @@ STATE_FILE = "state.safetensors"
 class LocalEngine:
     """Replicated data parallelism; with one process, plain training. Implements `Engine`."""
 
-    def __init__(self, model: PackedModel, *, name: str, world: World, device: torch.device, optim: OptimSection) -> None:
+    def __init__(
+        self,
+        model: PackedModel,
+        *,
+        name: str,
+        world: World,
+        device: torch.device,
+        max_grad_norm: float,
+        make_optimizer: MakeOptimizer,
+    ) -> None:
         self.name, self.world, self.device, self.model = name, world, device, model
-        self._max_grad_norm = optim.max_grad_norm
+        self._max_grad_norm = max_grad_norm
         self._weights = {n: p for n, p in model.causal_lm.named_parameters() if p.requires_grad}
         self._masters = {n: self._master_of(p) for n, p in self._weights.items()}
-        decayed = {n for n, p in self._weights.items() if needs_decay(n, p.ndim)}
-        self._optimizer = build_adamw(
-            (p for n, p in self._masters.items() if n in decayed),
-            (p for n, p in self._masters.items() if n not in decayed),
-            optim=optim,
-            fused=device.type == "cuda",
-        )
+        self._optimizer = make_optimizer(self._masters.items(), fused=device.type == "cuda")
 
     def __call__(self, micro: MicroBatch) -> Tensor:
         return self.model(micro)  # type: ignore[no-any-return]
@@ -58,8 +59,8 @@ class LocalEngine:
 
     @torch.no_grad()
     def step(self, *, lr: float) -> StepResult:
-        masters = [master for master in self._masters.values() if master.grad is not None]
-        grads = [master.grad for master in masters]
+        masters = list(self._masters.values())
+        grads = [master.grad for master in masters if master.grad is not None]
         if self.world.size > 1:
             _sum_in_buckets(grads)
         norm = nn.utils.get_total_norm(grads)
@@ -100,7 +101,7 @@ class LocalEngine:
         self._round_masters()
 
     def close(self) -> None:
-        pass
+        self._optimizer.state.clear()
 
     def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
         if weight.dtype == torch.float32:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sft_dist import package_files
 from sft_dist.config import Recipe
-from sft_dist.engine.collectives import choose_device, join_process_group
-from sft_dist.engine.interface import Engine
+from sft_dist.engine.collectives import join_process_group
+from sft_dist.engine.interface import Engine, MakeOptimizer
 from sft_dist.engine.local import LocalEngine
 from sft_dist.engine.zero import read_zero_knobs, start_zero
 from sft_dist.errors import ConfigError
@@ -21,7 +22,9 @@ def resolve_engine(name: str, *, world: World) -> str:
     if name == "auto":
         return "single" if world.size == 1 else "ddp"
     if name == "single" and world.size > 1:
-        raise ConfigError(f"train.engine=single was started as {world.size} processes; use ddp or a zero engine, or start one process")
+        raise ConfigError(
+            f"train.engine=single was started as {world.size} processes; use ddp or a zero engine, or start one process"
+        )
     return name
 
 
@@ -31,7 +34,14 @@ def zero_file(recipe: Recipe, engine: str) -> Path:
 
 
 def start_engine(
-    recipe: Recipe, *, name: str, world: World, dtype: torch.dtype, device: torch.device, load_model: Callable[[], PackedModel]
+    recipe: Recipe,
+    *,
+    name: str,
+    world: World,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_model: Callable[[], PackedModel],
+    make_optimizer: MakeOptimizer,
 ) -> Engine:
     """Join the process group, load the model and wrap it.
 
@@ -40,9 +50,13 @@ def start_engine(
     is_zero = name.startswith("zero")
     knobs = read_zero_knobs(zero_file(recipe, name), engine=name) if is_zero else {}
     join_process_group(world, device, timeout_s=recipe.train.timeout_s, needed=is_zero)
+    common: dict[str, Any] = {
+        "name": name,
+        "world": world,
+        "device": device,
+        "max_grad_norm": recipe.optim.max_grad_norm,
+        "make_optimizer": make_optimizer,
+    }
     if is_zero:
-        return start_zero(load_model, name=name, world=world, device=device, dtype=dtype, optim=recipe.optim, knobs=knobs)
-    return LocalEngine(load_model(), name=name, world=world, device=device, optim=recipe.optim)
-
-
-__all__ = ["choose_device", "resolve_engine", "start_engine", "zero_file"]
+        return start_zero(load_model, dtype=dtype, knobs=knobs, **common)
+    return LocalEngine(load_model(), **common)

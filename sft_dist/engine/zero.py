@@ -7,7 +7,6 @@ over ranks, and nothing else scales it: shares are summed.
 
 import contextlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft_dist.config import OptimSection
 from sft_dist.data.batch import MicroBatch
-from sft_dist.engine.interface import StepResult
+from sft_dist.engine.interface import MakeOptimizer, StepResult
 from sft_dist.errors import BackendError, ConfigError
 from sft_dist.model.load import PackedModel
-from sft_dist.optim import build_adamw, needs_decay
 from sft_dist.world import World
 
 STATE_TAG = "deepspeed"
@@ -46,10 +43,15 @@ def read_zero_knobs(path: Path, *, engine: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a DeepSpeed file: {error}") from None
     for key in knobs:
         if key in RECIPE_KEYS:
-            raise ConfigError(f"{path}: {key!r} belongs to the recipe, as {RECIPE_KEYS[key]}; remove it: this file holds ZeRO knobs only")
+            raise ConfigError(
+                f"{path}: {key!r} belongs to the recipe, as {RECIPE_KEYS[key]}; "
+                "remove it: this file holds ZeRO knobs only"
+            )
     stage = knobs.get("zero_optimization", {}).get("stage")
     if f"zero{stage}" != engine.split("_")[0]:
-        raise ConfigError(f"{path}: zero_optimization.stage={stage} contradicts train.engine={engine}; change one of them")
+        raise ConfigError(
+            f"{path}: zero_optimization.stage={stage} contradicts train.engine={engine}; change one of them"
+        )
     return knobs
 
 
@@ -60,25 +62,20 @@ def start_zero(
     world: World,
     device: torch.device,
     dtype: torch.dtype,
-    optim: OptimSection,
+    max_grad_norm: float,
+    make_optimizer: MakeOptimizer,
     knobs: dict[str, Any],
 ) -> "ZeroEngine":
     """Load the model, sharded while it is read under ZeRO-3, and hand it to DeepSpeed."""
     deepspeed = _import_deepspeed(device)
-    config = _full_config(knobs, world=world, dtype=dtype, optim=optim)
+    config = _full_config(knobs, world=world, dtype=dtype, max_grad_norm=max_grad_norm)
     # transformers reads this object while it lives: from_pretrained then partitions each weight as it is read.
     partitioning = _hf_deepspeed_config(config) if config["zero_optimization"]["stage"] == 3 else None
     model = load_model()
     del partitioning
     named = [(n, p) for n, p in model.causal_lm.named_parameters() if p.requires_grad]
-    decays = {n: needs_decay(n, len(getattr(p, "ds_shape", p.shape))) for n, p in named}
     offloads = "offload_optimizer" in config["zero_optimization"]
-    optimizer = build_adamw(
-        (p for n, p in named if decays[n]),
-        (p for n, p in named if not decays[n]),
-        optim=optim,
-        fused=device.type == "cuda" and not offloads,
-    )
+    optimizer = make_optimizer(named, fused=device.type == "cuda" and not offloads)
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     # DeepSpeed casts buffers along with bf16 weights; rotary frequencies in bf16 would bend far positions.
@@ -118,7 +115,11 @@ class ZeroEngine:
         whole: dict[int, Tensor] = {}
         for parameter in causal_lm.parameters():
             # One parameter at a time: no rank ever holds the whole model on its device.
-            gathered = deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
+            gathered = (
+                deepspeed.zero.GatheredParameters([parameter])
+                if hasattr(parameter, "ds_id")
+                else contextlib.nullcontext()
+            )
             with gathered:
                 if self.world.is_main:
                     whole[id(parameter)] = parameter.detach().cpu().clone()
@@ -138,14 +139,14 @@ class ZeroEngine:
         self.deepspeed.destroy()
 
 
-def _full_config(knobs: dict[str, Any], *, world: World, dtype: torch.dtype, optim: OptimSection) -> dict[str, Any]:
-    """The knobs, completed with what the recipe decides. Accumulation stays 1: the loop says which micro-batch is last."""
+def _full_config(knobs: dict[str, Any], *, world: World, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
+    """The knobs, completed by the recipe. Accumulation stays 1: the loop says which micro-batch is last."""
     config = knobs | {
         "train_batch_size": world.size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optim.max_grad_norm,
-        # Offloaded states are updated by torch's AdamW unless the file asks for DeepSpeed's own, which needs a compiler.
+        "gradient_clipping": max_grad_norm,
+        # torch's AdamW updates offloaded states unless the file asks for DeepSpeed's own, which needs a compiler.
         "zero_force_ds_cpu_optimizer": knobs.get("zero_force_ds_cpu_optimizer", False),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": sys.maxsize,
@@ -172,10 +173,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise BackendError(f"the ZeRO engines need the package deepspeed: {error}; pip install 'sft_dist[deepspeed]' or use train.engine: ddp") from None
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
+        raise BackendError(
+            f"the ZeRO engines need the package deepspeed: {error}; install it (Linux only) or use train.engine: ddp"
+        ) from None
     if device.type == "cpu":
         # Every start would compile it (a minute, or a failure without ninja), for inference only.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]

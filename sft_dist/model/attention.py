@@ -26,7 +26,7 @@ from sft_dist.errors import BackendError
 logger = logging.getLogger(__name__)
 
 DocumentAttention = Callable[..., Tensor]
-"""(q [T,Hq,D], k [T,Hk,D], v [T,Hk,D], *, cu_seqlens, max_seqlen, document_lengths, scale, window) -> [T,Hq,D], causal."""
+"""Causal, per document: (q [T,Hq,D], k [T,Hk,D], v [T,Hk,D], *, bounds, scale, window) -> [T,Hq,D]."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ def _attend_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if window is None else window - 1
-    grouped = {"enable_gqa": True} if _varlen_takes_gqa() and q.shape[1] != k.shape[1] else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if _varlen_takes_gqa() and q.shape[1] != k.shape[1] else {}
     bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    out: Tensor = varlen_attn(q, k, v, *bounds, scale=scale, window_size=(left, 0), **grouped)
+    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=(left, 0), **grouped)
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -130,7 +131,8 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> Ba
         return backend
     if name not in BACKENDS:
         raise BackendError(
-            f"model.attention={name!r} does not keep the documents of a pack apart; use one of auto, {', '.join(BACKENDS)}"
+            f"model.attention={name!r} does not keep the documents of a pack apart; "
+            f"use one of auto, {', '.join(BACKENDS)}"
         )
     reason = BACKENDS[name].why_not(device, dtype)
     if reason is not None:
@@ -157,9 +159,14 @@ def register(backend: Backend) -> str:
         **_: Any,
     ) -> tuple[Tensor, None]:
         if document_bounds is None or attention_mask is not None or query.shape[0] != 1:
-            raise BackendError(f"attention {implementation!r} was called without document bounds; call the model on a MicroBatch")
+            raise BackendError(
+                f"attention {implementation!r} was called without document bounds; call the model on a MicroBatch"
+            )
         if dropout:
-            raise BackendError(f"attention dropout {dropout} is not supported by packed attention; set attention_dropout: 0 in the model's config")
+            raise BackendError(
+                f"attention dropout {dropout} is not supported by packed attention; "
+                "set attention_dropout: 0 in the model's config"
+            )
         out = backend.attend(
             *(x[0].transpose(0, 1) for x in (query, key, value)),
             scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
@@ -168,7 +175,8 @@ def register(backend: Backend) -> str:
         )
         return out[None], None
 
-    implementation = f"sft_dist_{backend.name}"
+    # A number, not the backend's name: transformers looks for "sdpa" and "flash" in names and applies its own rules.
+    implementation = f"sft_dist_per_document_{list(BACKENDS).index(backend.name)}"
     AttentionInterface.register(implementation, attention_forward)
     return implementation
 

@@ -44,7 +44,9 @@ class PackedModel(nn.Module):
             **document_bounds(micro),
         )
         hidden = output.last_hidden_state[0].index_select(0, micro.response_index)
-        return self.head(hidden) if return_logits else self.head(hidden, micro.targets, micro.weights)  # type: ignore[no-any-return]
+        head_inputs = (hidden,) if return_logits else (hidden, micro.targets, micro.weights)
+        result: Tensor = self.head(*head_inputs)
+        return result
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -82,7 +84,9 @@ def load_model(
     except ValueError as error:
         if "attention" not in str(error).lower():
             raise
-        raise BackendError(f"model.path={section.path!r}: its attention cannot be replaced, so documents would leak: {error}") from None
+        raise BackendError(
+            f"model.path={section.path!r}: its attention cannot be replaced, so documents would leak: {error}"
+        ) from None
     grow_vocabulary(causal_lm, num_tokens=num_tokens, added_token_ids=added_token_ids)
     if section.checkpointing == "full":
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -107,7 +111,9 @@ def grow_vocabulary(causal_lm: PreTrainedModel, *, num_tokens: int, added_token_
                 weight[new] = weight[~new].float().mean(0).to(weight.dtype)
 
 
-def align_generation(causal_lm: PreTrainedModel, *, stop_ids: Sequence[int], eos_id: int, pad_id: int | None) -> None:
+def align_generation(
+    causal_lm: PreTrainedModel, *, stop_ids: Sequence[int], eos_id: int | None, pad_id: int | None
+) -> None:
     """Make the exported model stop where it was trained to stop."""
     generation = causal_lm.generation_config or GenerationConfig()
     known = generation.eos_token_id
@@ -115,13 +121,19 @@ def align_generation(causal_lm: PreTrainedModel, *, stop_ids: Sequence[int], eos
     generation.eos_token_id = list(dict.fromkeys([*stop_ids, *known]))
     generation.pad_token_id = pad_id if pad_id is not None else generation.pad_token_id
     causal_lm.generation_config = generation
-    causal_lm.config.eos_token_id = eos_id
+    if eos_id is not None:
+        causal_lm.config.eos_token_id = eos_id
     if pad_id is not None:
         causal_lm.config.pad_token_id = pad_id
 
 
 def export_model(
-    causal_lm: PreTrainedModel, state_dict: dict[str, Tensor], directory: Path, *, tokenizer_dir: Path, shard_size: str = "4GB"
+    causal_lm: PreTrainedModel,
+    state_dict: dict[str, Tensor],
+    directory: Path,
+    *,
+    tokenizer_dir: Path,
+    shard_size: str = "4GB",
 ) -> None:
     """Write Hugging Face format: config, safetensors shards with index, generation config, tokenizer, template."""
     causal_lm.save_pretrained(directory, state_dict=state_dict, max_shard_size=shard_size)

@@ -42,10 +42,11 @@ def require_agreement(model: PackedModel, micro: MicroBatch) -> Agreement:
     tolerance = FP32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE
     if not agreement.logit_error <= tolerance:
         raise BackendError(
-            f"{type(model.causal_lm).__name__} computes a packed loss of {agreement.packed_loss:.7f} where its own logits, document by "
-            f"document, give {agreement.own_loss:.7f} (largest logit difference {agreement.logit_error:.1e} of the largest logit, "
-            f"at most {tolerance:.0e} expected): its attention or logits do something that packing does not reproduce "
-            "(soft caps, scaled logits, state-space layers, ...); this model is not supported"
+            f"{type(model.causal_lm).__name__} computes a packed loss of {agreement.packed_loss:.7f} where its own "
+            f"logits, document by document, give {agreement.own_loss:.7f} (largest logit difference "
+            f"{agreement.logit_error:.1e} of the largest logit, at most {tolerance:.0e} expected): its attention or "
+            "logits do something that packing does not reproduce (soft caps, scaled logits, state-space layers, ...); "
+            "this model is not supported"
         )
     return agreement
 

@@ -15,8 +15,7 @@ from sft_dist.data.chat import CHATML, ChatTokenizer, Example
 from sft_dist.data.sources import BadRow, Conversation, Message, Origin
 from sft_dist.errors import ConfigError, DataError
 
-trl = find_spec("trl")
-TEMPLATES = Path(trl.submodule_search_locations[0]) / "chat_templates" if trl else Path("missing")
+TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CASES = {
@@ -34,9 +33,14 @@ CASES = {
     "qwen3_5_think": (QWEN, "<|im_end|>"),
     "glm4moe": (("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"), None),
 }
-# How Qwen2 and Llama 3 cut text into words: line breaks stay together, so a prompt that ends in them is cut as in the whole.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CORPUS = ["user assistant system The answer is 4, yes. What is 2 + 2? <think>\n\n</think>\n\n" * 20, "Größe naïve 你好 🙂" * 5]
+# How Qwen2 and Llama 3 cut words: line breaks stay together, so a prompt that ends in them is cut as in the whole.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = [
+    "user assistant system The answer is 4, yes. What is 2 + 2? <think>\n\n</think>\n\n" * 20,
+    "Größe naïve 你好 🙂" * 5,
+]
 
 
 def write_tokenizer(
@@ -52,16 +56,26 @@ def write_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings_ = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": specials[0], "eos_token": specials[0], **config}
+    settings_ = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": specials[0],
+        "eos_token": specials[0],
+        **config,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings_))
     if template is not None:
         (directory / "chat_template.jinja").write_text(template)
@@ -69,10 +83,7 @@ def write_tokenizer(
 
 
 def template_text(name: str) -> str:
-    file = TEMPLATES / f"{name}.jinja"
-    if not file.exists():
-        pytest.skip(f"needs {name}.jinja from the trl package")
-    return file.read_text()
+    return (TEMPLATES / f"{name}.jinja").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +132,9 @@ def encode_one(tokenizer: ChatTokenizer, conversation: Conversation) -> Example:
         ("a", "b\n\nc\n", "d", "e", "f", "g"),
     ],
 )
-def test_every_answer_is_trained_through_its_stop_token(load: Callable[[str], ChatTokenizer], name: str, turns: tuple[str, ...]) -> None:
+def test_every_answer_is_trained_through_its_stop_token(
+    load: Callable[[str], ChatTokenizer], name: str, turns: tuple[str, ...]
+) -> None:
     tokenizer = load(name)
     example = encode_one(tokenizer, talk(*turns))
     texts = trained_texts(tokenizer, example)
@@ -130,11 +143,14 @@ def test_every_answer_is_trained_through_its_stop_token(load: Callable[[str], Ch
     for text, answer in zip(texts, answers, strict=True):
         assert text.endswith(CASES[name][1])
         body = text.removesuffix(CASES[name][1]).strip()
-        assert body in (answer.strip(), f"<think>\n\n</think>\n\n{answer.strip()}", f"</think>\n\n{answer.strip()}") or (
-            "think" in body and body.endswith(answer.strip())
-        )
+        assert body in (
+            answer.strip(),
+            f"<think>\n\n</think>\n\n{answer.strip()}",
+            f"</think>\n\n{answer.strip()}",
+        ) or ("think" in body and body.endswith(answer.strip()))
     assert not example.is_response[0]
-    assert example.input_ids.dtype == np.int32 and example.is_response.dtype == bool
+    assert example.input_ids.dtype == np.int32
+    assert example.is_response.dtype == bool
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "chatml"])
@@ -153,18 +169,22 @@ def test_what_precedes_the_last_answer_is_the_inference_prompt(load: Callable[[s
     example = encode_one(tokenizer, conversation)
     prompt = tokenizer.encode_prompt(conversation.messages[:-1])
     assert example.input_ids[: len(prompt)].tolist() == prompt
-    assert not example.is_response[len(prompt) - 1] and example.is_response[len(prompt)]
+    assert not example.is_response[len(prompt) - 1]
+    assert example.is_response[len(prompt)]
 
 
 def test_newline_after_the_stop_token_is_not_trained(load: Callable[[str], ChatTokenizer]) -> None:
     tokenizer = load("qwen2_5")
     example = encode_one(tokenizer, talk("hi", "yes"))
     assert tokenizer.decode(example.input_ids[-1:].tolist()) == "\n"
-    assert not example.is_response[-1] and example.is_response[-2]
+    assert not example.is_response[-1]
+    assert example.is_response[-2]
     assert example.input_ids[-2] in tokenizer.stop_ids
 
 
-def test_qwen3_trains_the_empty_thinking_block_only_where_the_template_writes_it(load: Callable[[str], ChatTokenizer]) -> None:
+def test_qwen3_trains_the_empty_thinking_block_only_where_the_template_writes_it(
+    load: Callable[[str], ChatTokenizer],
+) -> None:
     tokenizer = load("qwen3")
     texts = trained_texts(tokenizer, encode_one(tokenizer, talk("a", "4", "b", "4")))
     assert texts == ["4<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"]
@@ -183,7 +203,9 @@ def test_trimming_templates_do_not_lose_the_mask(load: Callable[[str], ChatToken
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])
-def test_white_space_inside_answers_is_trained_whatever_the_post_processor_trims(tmp_path: Path, trim_offsets: bool) -> None:
+def test_white_space_inside_answers_is_trained_whatever_the_post_processor_trims(
+    tmp_path: Path, trim_offsets: bool
+) -> None:
     tokenizer = ChatTokenizer.load(write_tokenizer(tmp_path, QWEN, CHATML, trim_offsets=trim_offsets))
     answer = "\t\tindented\n\n\n    four   \n"
     (text,) = trained_texts(tokenizer, encode_one(tokenizer, talk("a", answer)))
@@ -205,8 +227,10 @@ def test_forged_control_token_is_refused_and_named(load: Callable[[str], ChatTok
     forged = f"see {token}here"
     texts = {"user": "hi", "assistant": "yes", "system": "sys", role: forged}
     (result,) = tokenizer.encode([talk(texts["user"], texts["assistant"], system=texts["system"])])
-    assert isinstance(result, BadRow) and result.cause == "control_token"
-    assert token in result.reason and role in result.reason
+    assert isinstance(result, BadRow)
+    assert result.cause == "control_token"
+    assert token in result.reason
+    assert role in result.reason
     with pytest.raises(DataError, match="control token"):
         tokenizer.encode_prompt([Message("user", forged)])
 
@@ -216,7 +240,8 @@ def test_private_use_characters_in_the_text_do_not_move_the_mask(load: Callable[
     answer = "\U000f0000\U000f0001 x"
     assert trained_texts(tokenizer, encode_one(tokenizer, talk("\U000f0000", answer))) == [answer + "<|im_end|>"]
     (result,) = tokenizer.encode([talk("\U000f0000", "\U00100000")])
-    assert isinstance(result, BadRow) and result.cause == "mask_not_verified"
+    assert isinstance(result, BadRow)
+    assert result.cause == "mask_not_verified"
 
 
 def test_bad_rows_keep_their_place_in_a_batch(load: Callable[[str], ChatTokenizer]) -> None:
@@ -225,40 +250,54 @@ def test_bad_rows_keep_their_place_in_a_batch(load: Callable[[str], ChatTokenize
 
 
 def test_message_that_the_template_drops_is_refused(tmp_path: Path) -> None:
-    template = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}")
+    template = CHATML.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
+    )
     tokenizer = ChatTokenizer.load(write_tokenizer(tmp_path, QWEN, template))
     (result,) = tokenizer.encode([talk("a", "b", system="Only French.")])
-    assert isinstance(result, BadRow) and result.cause == "message_dropped" and "system" in result.reason
+    assert isinstance(result, BadRow)
+    assert result.cause == "message_dropped"
+    assert "system" in result.reason
 
 
 def test_template_that_rewrites_answers_is_not_verified(tmp_path: Path) -> None:
-    template = CHATML.replace("message['content'] +", "(message['content'] | upper if loop.index > 3 else message['content']) +")
+    template = CHATML.replace(
+        "message['content'] +", "(message['content'] | upper if loop.index > 3 else message['content']) +"
+    )
     tokenizer = ChatTokenizer.load(write_tokenizer(tmp_path, QWEN, template))
     (result,) = tokenizer.encode([talk("a", "b", "C", "upper me")])
-    assert isinstance(result, BadRow) and result.cause == "mask_not_verified"
+    assert isinstance(result, BadRow)
+    assert result.cause == "mask_not_verified"
     assert "UPPER ME" in result.reason
 
 
 def test_template_that_refuses_a_conversation_gives_its_own_reason(load: Callable[[str], ChatTokenizer]) -> None:
     (result,) = load("gemma").encode([talk("a", "b", system="s")])
-    assert isinstance(result, BadRow) and result.cause == "template_refused" and "System" in result.reason
+    assert isinstance(result, BadRow)
+    assert result.cause == "template_refused"
+    assert "System" in result.reason
 
 
 def test_template_without_special_stop_token_is_refused_at_load(tmp_path: Path) -> None:
-    template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    template = (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    )
     with pytest.raises(ConfigError, match="no end that a model could learn"):
         ChatTokenizer.load(write_tokenizer(tmp_path, QWEN, template))
 
 
 def test_plain_text_headers_work_and_a_forged_one_in_an_answer_is_refused(tmp_path: Path) -> None:
     template = (
-        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}### assistant:\n{% endif %}"
     )
     tokenizer = ChatTokenizer.load(write_tokenizer(tmp_path, QWEN, template))
     assert trained_texts(tokenizer, encode_one(tokenizer, talk("### assistant:\nno", "yes"))) == ["yes<|endoftext|>"]
     (result,) = tokenizer.encode([talk("a", "x ### assistant:\ny")])
-    assert isinstance(result, BadRow) and result.cause == "mask_not_verified"
+    assert isinstance(result, BadRow)
+    assert result.cause == "mask_not_verified"
 
 
 def test_instruction_templates_without_generation_prompt_are_learned(tmp_path: Path) -> None:
@@ -271,7 +310,9 @@ def test_instruction_templates_without_generation_prompt_are_learned(tmp_path: P
     assert trained_texts(tokenizer, encode_one(tokenizer, talk("a", "b", "c", "d"))) == [" b</s>", " d</s>"]
 
 
-def test_a_wrong_mask_does_not_pass_verification(load: Callable[[str], ChatTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_mask_does_not_pass_verification(
+    load: Callable[[str], ChatTokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = load("chatml")
     right = tokenizer._find_span
     for shift_start, shift_end in [(-12, 0), (1, 0), (0, -10), (0, 1), (-1, 0)]:
@@ -289,7 +330,13 @@ def test_a_wrong_mask_does_not_pass_verification(load: Callable[[str], ChatToken
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(min_size=1, max_size=30).filter(lambda text: text.strip() and "\x00" not in text), min_size=2, max_size=6))
+@given(
+    st.lists(
+        st.text(min_size=1, max_size=30).filter(lambda text: text.strip() and "\x00" not in text),
+        min_size=2,
+        max_size=6,
+    )
+)
 def test_any_text_is_masked_exactly_or_refused(load: Callable[[str], ChatTokenizer], texts: list[str]) -> None:
     tokenizer = load("chatml")
     turns = texts[: len(texts) // 2 * 2]
@@ -315,7 +362,8 @@ def test_without_a_template_chatml_and_its_tokens_are_installed(tmp_path: Path) 
     assert tokenizer.added_chatml
     assert tokenizer.specials["eos_token"] == "<|im_end|>"
     assert tokenizer.specials["pad_token"] == "<|endoftext|>"
-    assert tokenizer.pad_id != tokenizer.eos_id and tokenizer.eos_id in tokenizer.stop_ids
+    assert tokenizer.pad_id != tokenizer.eos_id
+    assert tokenizer.eos_id in tokenizer.stop_ids
     assert tokenizer.num_tokens == max(tokenizer._tokenizer.get_vocab().values()) + 1
     assert trained_texts(tokenizer, encode_one(tokenizer, talk("a", "b"))) == ["b<|im_end|>"]
 
@@ -337,7 +385,8 @@ def test_eos_is_read_from_every_place_it_is_written(tmp_path: Path, style: str) 
 def test_template_in_the_config_is_used(tmp_path: Path, named: bool) -> None:
     value = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}] if named else CHATML
     tokenizer = ChatTokenizer.load(write_tokenizer(tmp_path, QWEN, chat_template=value))
-    assert tokenizer.template == CHATML and not tokenizer.added_chatml
+    assert tokenizer.template == CHATML
+    assert not tokenizer.added_chatml
 
 
 def test_given_template_replaces_the_tokenizers_own(tmp_path: Path) -> None:
@@ -350,7 +399,8 @@ def test_given_template_replaces_the_tokenizers_own(tmp_path: Path) -> None:
 
 def test_generation_blocks_are_rendered_as_their_body(tmp_path: Path) -> None:
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
         "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -403,12 +453,16 @@ def test_saved_tokenizer_is_the_same_in_transformers_and_here(
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     again = ChatTokenizer.load(tmp_path)
-    assert again.files == tokenizer.files and again.digest == tokenizer.digest
+    assert again.files == tokenizer.files
+    assert again.digest == tokenizer.digest
     messages = talk("What is 2 + 2?", "4", "Größe?", "yes", system="Be brief.").messages
     as_dicts = [{"role": message.role, "content": message.content} for message in messages]
     assert theirs.apply_chat_template(as_dicts, tokenize=False) == tokenizer.render(messages)
-    assert theirs.apply_chat_template(as_dicts[:-1], add_generation_prompt=True, return_dict=False) == tokenizer.encode_prompt(messages[:-1])
-    assert theirs.eos_token_id == tokenizer.eos_id and theirs.pad_token_id == tokenizer.pad_id
+    assert theirs.apply_chat_template(
+        as_dicts[:-1], add_generation_prompt=True, return_dict=False
+    ) == tokenizer.encode_prompt(messages[:-1])
+    assert theirs.eos_token_id == tokenizer.eos_id
+    assert theirs.pad_token_id == tokenizer.pad_id
     assert len(theirs) == tokenizer.num_tokens
 
 
@@ -416,7 +470,14 @@ def test_added_tokens_stay_consistent_in_every_file(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     directory = write_tokenizer(tmp_path / "base", ("<|endoftext|>",))
-    entry = {"content": "<|endoftext|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    entry = {
+        "content": "<|endoftext|>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     config = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": {"0": entry}}))
     (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
@@ -424,15 +485,16 @@ def test_added_tokens_stay_consistent_in_every_file(tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "special_tokens_map.json").read_text())["eos_token"] == "<|im_end|>"
     theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert theirs.eos_token_id == tokenizer.eos_id and theirs.pad_token_id == tokenizer.pad_id
+    assert theirs.eos_token_id == tokenizer.eos_id
+    assert theirs.pad_token_id == tokenizer.pad_id
     assert theirs.convert_tokens_to_ids("<|im_start|>") == tokenizer._tokenizer.token_to_id("<|im_start|>")
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "gemma", "phi3"])
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507", "llama3", "gemma"])
 def test_masks_agree_with_the_marked_variants_of_the_templates(
     load: Callable[[str], ChatTokenizer], tmp_path: Path, name: str
 ) -> None:
-    """TRL's `{% generation %}` variants say what is an answer. They may train line breaks after it; nothing else may differ."""
+    """TRL's `{% generation %}` variants say what is an answer. They may train line breaks after it, nothing else."""
     from transformers import AutoTokenizer
 
     tokenizer = load(name)
@@ -449,3 +511,41 @@ def test_masks_agree_with_the_marked_variants_of_the_templates(
     assert found["input_ids"] == example.input_ids.tolist()
     differs = np.flatnonzero(np.asarray(found["assistant_masks"], dtype=bool) != example.is_response)
     assert tokenizer.decode(example.input_ids[differs].tolist()).strip() == ""
+
+
+def test_what_the_generation_prompt_already_holds_is_not_trained(load: Callable[[str], ChatTokenizer]) -> None:
+    """A template that opens the thinking block in the generation prompt: only what follows it is a response."""
+    tokenizer = load("qwen3_5_think")
+    assert tokenizer.markers.generation_prompt.endswith("assistant\n<think>\n")
+    texts = trained_texts(tokenizer, encode_one(tokenizer, talk("a", "4", "b", "yes")))
+    assert texts == ["4<|im_end|>", "\n</think>\n\nyes<|im_end|>"]
+
+
+def test_answers_that_the_vocabulary_cannot_write_are_refused(tmp_path: Path) -> None:
+    """Without byte fallback an unknown character vanishes from the tokens, and the model would learn a gap."""
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        special_tokens=list(QWEN), initial_alphabet=[chr(code) for code in range(32, 127)] + ["\n"]
+    )
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    good, bad = ChatTokenizer.load(tmp_path).encode([talk("a é", "cafe"), talk("a", "café")])
+    assert isinstance(good, Example)
+    assert isinstance(bad, BadRow)
+    assert bad.cause == "mask_not_verified"
+    assert "'caf<|im_end|>', not 'café<|im_end|>'" in bad.reason
+
+
+def test_truncation_and_padding_of_the_tokenizer_file_are_ignored(tmp_path: Path) -> None:
+    directory = write_tokenizer(tmp_path, QWEN, CHATML)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=512)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    loaded = ChatTokenizer.load(directory)
+    example = encode_one(loaded, talk("What is 2 + 2?", "The answer is 4"))
+    assert loaded.decode(example.input_ids.tolist()) == loaded.render(
+        talk("What is 2 + 2?", "The answer is 4").messages
+    )

@@ -48,6 +48,12 @@ def test_creatinine_clearance_of_a_man_and_a_woman() -> None:
     [
         (50, 1.0, "male", "92"),  # 142 * (1/0.9)^-1.2 * 0.9938^50 = 142 * 0.88123 * 0.73276 = 91.69
         (50, 1.0, "female", "69"),  # 142 * (1/0.7)^-1.2 * 0.73276 * 1.012 = 142 * 0.65180 * 0.74155 = 68.64
+        (
+            55,
+            0.9,
+            "female",
+            "75",
+        ),  # 142 * (0.9/0.7)^-1.2 * 0.9938^55 * 1.012 = 142 * 0.73965 * 0.71030 * 1.012 = 75.499
         (30, 0.7, "female", "119"),  # ratio 1: 142 * 0.9938^30 * 1.012 = 142 * 0.82980 * 1.012 = 119.25
         (40, 0.6, "male", "125"),  # 142 * (2/3)^-0.302 * 0.9938^40 = 142 * 1.13025 * 0.77978 = 125.15
     ],
@@ -160,8 +166,8 @@ def test_electrolyte_cases_have_one_abnormal_value_which_is_the_answer(train_exa
     cases = [example for example in train_examples if example.values[0] == "electrolytes"]
     for example in cases:
         abnormal = []
-        for value, (low, high, _, _, below, above) in zip(example.values[1:], demo.ELECTROLYTES.values(), strict=True):
-            abnormal += [below] * (float(value) < low) + [above] * (float(value) > high)
+        for value, normal in zip(example.values[1:], demo.ELECTROLYTES.values(), strict=True):
+            abnormal += [normal.below] * (float(value) < normal.low) + [normal.above] * (float(value) > normal.high)
         assert abnormal == [example.answer[3:]]
     assert len(cases) > 20
 
@@ -187,7 +193,8 @@ def test_extraction_answers_are_json_copied_from_the_note(train_examples: list[d
 def test_every_prompt_has_one_sentence_of_system_and_a_trailing_cue(train_examples: list[demo.DemoExample]) -> None:
     cues = {"summary": "\nSummary:", "extraction": "\nOutput:"}
     for example in train_examples:
-        assert example.system.count(".") == 1 and example.system.endswith(".")
+        assert example.system.count(".") == 1
+        assert example.system.endswith(".")
         assert example.user.endswith(cues.get(example.template, "\nAnswer:"))
         assert example.answer == example.answer.strip() != ""
 
@@ -210,7 +217,8 @@ def test_copied_answers_of_the_held_out_set_are_new(
 ) -> None:
     trained = {e.answer for e in [*train_examples, *demo.generate_examples(20_000, 7, "train")]}
     copied = [e.answer for e in held_out_examples if e.template in ("summary", "extraction")]
-    assert len(copied) == NUM_EXAMPLES // 3 and not trained & set(copied)
+    assert len(copied) == NUM_EXAMPLES // 3
+    assert not trained & set(copied)
 
 
 def test_articles_fit_the_age(train_examples: list[demo.DemoExample]) -> None:
@@ -246,7 +254,8 @@ def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> 
         environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(demo.__file__).parents[1])}
         subprocess.run([sys.executable, "-c", script, str(directory)], check=True, env=environment)
         digests.append({path.name: path.read_bytes() for path in directory.iterdir()})
-    assert digests[0] == digests[1] and len(digests[0]) == 4
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 4
 
 
 def test_another_seed_gives_other_examples() -> None:
@@ -295,7 +304,8 @@ def test_tokenizer_renders_chatml_and_loses_no_text(
         assert tokenizer.decode(ids) == text
         assert ids.count(tokenizer.eos_token_id) == 3
     prompt = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
-    assert expected.startswith(prompt) and prompt.endswith("<|im_start|>assistant\n")
+    assert expected.startswith(prompt)
+    assert prompt.endswith("<|im_start|>assistant\n")
 
 
 def test_every_digit_is_a_token_of_its_own(tokenizer_dir: Path) -> None:
@@ -324,7 +334,8 @@ def test_model_loads_with_tied_embeddings_and_stops_at_the_end_of_a_turn(tokeniz
     weights = [(directory / "model.safetensors").read_bytes() for directory in (first, second, other)]
     assert weights[0] == weights[1] != weights[2]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(first), AutoTokenizer.from_pretrained(first)
-    assert model.config.model_type == "qwen2" and model.dtype == torch.float32
+    assert model.config.model_type == "qwen2"
+    assert model.dtype == torch.float32
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert model.config.vocab_size == len(tokenizer)

@@ -1,4 +1,4 @@
-"""What `inspect` prints must show the mask that is stored, also without colour, and let no row write to the terminal."""
+"""What `inspect` prints shows the stored mask, also without colour, and lets no row steer the terminal."""
 
 import io
 import json
@@ -14,7 +14,12 @@ from sft_dist.data.inspect import show_example, summary
 from sft_dist.data.store import TokenStore, prepare
 from sft_dist.errors import DataError
 
-ROWS = [("Say yes", "yes"), ("lines", "one\n\n\ttwo "), ("Grüße [bold]x[/bold]", "你好 🙂"), ("evil", "a\x1b[2Jb\u202ec")]
+ROWS = [
+    ("Say yes", "yes"),
+    ("lines", "one\n\n\ttwo "),
+    ("Grüße [bold]x[/bold]", "你好 🙂"),
+    ("evil", "a\x1b[2Jb\u202ec"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 def shown(store: TokenStore, index: int, *, colour: bool = False) -> str:
     stream = io.StringIO()
-    show_example(store, index, Console(file=stream, force_terminal=colour, color_system="standard" if colour else None, width=40))
+    show_example(
+        store, index, Console(file=stream, force_terminal=colour, color_system="standard" if colour else None, width=40)
+    )
     return stream.getvalue()
 
 
@@ -61,12 +68,14 @@ def test_white_space_at_the_edges_is_drawn(store: TokenStore) -> None:
 
 def test_characters_of_several_tokens_and_markup_are_shown_whole(store: TokenStore) -> None:
     text = shown(store, 2)
-    assert "Grüße [bold]x[/bold]" in text and "⟦你好 🙂<|im_end|>⟧" in text
+    assert "Grüße [bold]x[/bold]" in text
+    assert "⟦你好 🙂<|im_end|>⟧" in text
 
 
 def test_rows_cannot_steer_the_terminal(store: TokenStore) -> None:
     text = shown(store, 3)
-    assert "\x1b" not in text and "\u202e" not in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
     assert "⟦a\\x1b[2Jb\\x" + "202ec<|im_end|>⟧" in text
 
 
@@ -86,8 +95,12 @@ def test_summary_counts_rows_tokens_and_causes(store: TokenStore, tmp_path: Path
     stream = io.StringIO()
     summary(store, Console(file=stream, color_system=None, width=300))
     text = stream.getvalue()
-    assert "5 read, 4 kept, 1 dropped" in text and "1 bad_structure, e.g. " in text and "d.jsonl:5: no 'output'" in text
+    assert "5 read, 4 kept, 1 dropped" in text
+    assert "1 bad_structure, e.g. " in text
+    assert "d.jsonl:5: no 'output'" in text
     share = int(store.num_responses.sum()) / int(store.lengths.sum())
     assert f"{store.lengths.sum()}, of which {store.num_responses.sum()} are trained ({share:.1%})" in text
-    assert f"shortest {store.lengths.min()}" in text and f"longest {store.lengths.max()}" in text
-    assert "alpaca" in text and "4 of 5 rows kept" in text
+    assert f"shortest {store.lengths.min()}" in text
+    assert f"longest {store.lengths.max()}" in text
+    assert "alpaca" in text
+    assert "4 of 5 rows kept" in text

@@ -70,19 +70,24 @@ def refused(row: Any, row_format: str = "messages") -> BadRow:
         ({"instruction": "hi", "input": "", "output": "yes", "id": 3}, "alpaca"),
         ({"instruction": "hi", "input": None, "output": "yes", "messages": None}, "alpaca"),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, "sharegpt"),
-        ({"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yes", "role": None}]}, "sharegpt"),
+        (
+            {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yes", "role": None}]},
+            "sharegpt",
+        ),
     ],
 )
 def test_formats_are_detected_and_mean_the_same(tmp_path: Path, row: dict[str, Any], row_format: str) -> None:
     file = write(tmp_path / "d.jsonl", json.dumps(row))
     assert detect_format(source(file)) == row_format
     (result,) = read(file)
-    assert isinstance(result, Conversation) and result.messages == EXPECTED
+    assert isinstance(result, Conversation)
+    assert result.messages == EXPECTED
 
 
 def test_alpaca_input_follows_the_instruction_after_a_blank_line() -> None:
     result = parse({"instruction": "Sum.", "input": "1 2", "output": "3"}, "alpaca")
-    assert isinstance(result, Conversation) and result.messages[0].content == "Sum.\n\n1 2"
+    assert isinstance(result, Conversation)
+    assert result.messages[0].content == "Sum.\n\n1 2"
 
 
 def test_system_turns_are_kept_in_every_format() -> None:
@@ -90,17 +95,25 @@ def test_system_turns_are_kept_in_every_format() -> None:
     rows = [
         ({"messages": [{"role": "system", "content": "Be brief."}, *CHAT["messages"]]}, "messages"),
         ({"system": "Be brief.", "instruction": "hi", "output": "yes"}, "alpaca"),
-        ({"system": "Be brief.", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, "sharegpt"),
+        (
+            {
+                "system": "Be brief.",
+                "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}],
+            },
+            "sharegpt",
+        ),
     ]
     for row, row_format in rows:
         result = parse(row, row_format)
-        assert isinstance(result, Conversation) and result.messages == (system, *EXPECTED)
+        assert isinstance(result, Conversation)
+        assert result.messages == (system, *EXPECTED)
 
 
 def test_text_parts_are_joined_and_other_parts_refused() -> None:
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     result = parse({"messages": [{"role": "user", "content": parts}, CHAT["messages"][1]]})
-    assert isinstance(result, Conversation) and result.messages == EXPECTED
+    assert isinstance(result, Conversation)
+    assert result.messages == EXPECTED
     bad = refused({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, CHAT["messages"][1]]})
     assert "messages[0].content[0]" in bad.reason
 
@@ -108,7 +121,9 @@ def test_text_parts_are_joined_and_other_parts_refused() -> None:
 def test_most_common_format_of_the_first_rows_wins_and_others_are_refused(tmp_path: Path) -> None:
     odd = json.dumps({"instruction": "a", "output": "b"})
     results = read(write(tmp_path / "d.jsonl", odd, json.dumps(CHAT), json.dumps(CHAT)))
-    assert isinstance(results[0], BadRow) and "no 'messages'" in results[0].reason and "'instruction'" in results[0].reason
+    assert isinstance(results[0], BadRow)
+    assert "no 'messages'" in results[0].reason
+    assert "'instruction'" in results[0].reason
     assert all(isinstance(result, Conversation) for result in results[1:])
 
 
@@ -136,22 +151,35 @@ def test_unknown_format_names_the_keys_that_were_found(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}]}, "bad_structure", "messages[0] has no 'content'"),
         ({"messages": [{"role": "user", "content": None}]}, "bad_structure", "messages[0] has no 'content'"),
         ({"messages": [{"role": "user", "content": 4}]}, "bad_structure", "messages[0].content is a number"),
-        ({"messages": [{"role": "human", "content": "a"}]}, "unknown_role", "'human'; expected one of system, user, assistant"),
+        (
+            {"messages": [{"role": "human", "content": "a"}]},
+            "unknown_role",
+            "'human'; expected one of system, user, assistant",
+        ),
         ({"messages": [{"role": "tool", "content": "a"}]}, "unknown_role", "'tool'"),
         ({"messages": [{"role": 4, "content": "a"}]}, "unknown_role", "role 4"),
         ({"messages": CHAT["messages"][:1]}, "no_assistant_turn", "roles are user"),
-        ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": " \n"}]}, "empty_content", "turn 2 (assistant)"),
+        (
+            {"messages": [CHAT["messages"][0], {"role": "assistant", "content": " \n"}]},
+            "empty_content",
+            "turn 2 (assistant)",
+        ),
         ({"messages": [{"role": "user", "content": ""}, CHAT["messages"][1]]}, "empty_content", "turn 1 (user)"),
         ({"messages": [*CHAT["messages"], CHAT["messages"][1]]}, "bad_structure", "turn 3 repeats"),
         ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": "\ud800"}]}, "invalid_utf8", "surrogate"),
         ({"messages": [CHAT["messages"][0], {"role": "assistant", "content": "a\0"}]}, "control_character", "NUL"),
         ({**CHAT, "tools": [{"name": "f"}]}, "unsupported_field", "'tools'"),
-        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}, "unsupported_field", "messages[0] has 'tool_calls'"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]},
+            "unsupported_field",
+            "messages[0] has 'tool_calls'",
+        ),
     ],
 )
 def test_bad_rows_say_what_is_wrong(row: Any, cause: str, reason: str) -> None:
     bad = refused(row)
-    assert bad.cause == cause and reason in bad.reason
+    assert bad.cause == cause
+    assert reason in bad.reason
     assert len(bad.reason) < 300
 
 
@@ -184,7 +212,8 @@ def test_line_separators_inside_strings_do_not_split_rows(tmp_path: Path) -> Non
     row = {"messages": [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "\x0c d"}]}
     results = read(write(tmp_path / "d.jsonl", json.dumps(row, ensure_ascii=False), json.dumps(CHAT)))
     assert [result.origin.line for result in results] == [1, 2]
-    assert isinstance(results[0], Conversation) and results[0].messages[0].content == "a\u2028b\x85c"
+    assert isinstance(results[0], Conversation)
+    assert results[0].messages[0].content == "a\u2028b\x85c"
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
@@ -235,7 +264,8 @@ def test_broken_json_files_are_fatal_and_name_the_line(tmp_path: Path, text: str
     file.write_text(text)
     with pytest.raises(DataError) as caught:
         list(iter_rows(source(file)))
-    assert str(caught.value).startswith(f"{file}:{line}: ") and reason in str(caught.value)
+    assert str(caught.value).startswith(f"{file}:{line}: ")
+    assert reason in str(caught.value)
 
 
 def test_invalid_utf8_in_an_array_names_the_line(tmp_path: Path) -> None:
@@ -258,7 +288,8 @@ def test_parquet_rows_are_numbered_and_null_fill_is_ignored(tmp_path: Path) -> N
     results = read(file)
     assert [result.origin for result in results] == [Origin(str(file), number) for number in range(1, 1201)]
     assert [index for index, result in enumerate(results) if isinstance(result, BadRow)] == [1100]
-    assert isinstance(results[0], Conversation) and results[0].messages == EXPECTED
+    assert isinstance(results[0], Conversation)
+    assert results[0].messages == EXPECTED
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
@@ -320,5 +351,7 @@ def test_hub_id_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     )
     # A process of its own: the libraries read HF_HUB_OFFLINE when they are imported.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
     assert found.stdout.startswith("no-such-owner/no-such-set: neither a local file nor a hub data set")

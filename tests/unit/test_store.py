@@ -89,7 +89,8 @@ def test_stored_examples_are_those_of_the_tokenizer(model: Path, tmp_path: Path)
     for index, wanted in enumerate(expected):
         assert isinstance(wanted, Example)
         got = store.example(index)
-        assert got.input_ids.dtype == np.int32 and got.is_response.dtype == np.bool_
+        assert got.input_ids.dtype == np.int32
+        assert got.is_response.dtype == np.bool_
         np.testing.assert_array_equal(got.input_ids, wanted.input_ids)
         np.testing.assert_array_equal(got.is_response, wanted.is_response)
         assert got.origin == wanted.origin == store.origin(index)
@@ -99,13 +100,15 @@ def test_stored_examples_are_those_of_the_tokenizer(model: Path, tmp_path: Path)
     assert store.source_ranges == [(0, 2), (2, 3)]
     assert store.max_length == store.lengths.max()
     assert store.lengths.dtype == np.int64
-    assert store.meta["tokens"] == store.lengths.sum() and store.meta["response_tokens"] == store.num_responses.sum()
+    assert store.meta["tokens"] == store.lengths.sum()
+    assert store.meta["response_tokens"] == store.num_responses.sum()
 
 
 def test_examples_are_views_of_the_file(model: Path, tmp_path: Path) -> None:
     store = make([write(tmp_path / "a.jsonl", chat("1", "one"))], model, tmp_path / "stores")
     example = store.example(0)
-    assert not example.input_ids.flags.owndata and not example.input_ids.flags.writeable
+    assert not example.input_ids.flags.owndata
+    assert not example.input_ids.flags.writeable
     for index in (-1, 1):
         with pytest.raises(IndexError):
             store.example(index)
@@ -115,14 +118,21 @@ def test_the_stored_tokenizer_is_the_one_that_made_the_tokens(model: Path, tmp_p
     store = make([write(tmp_path / "a.jsonl", chat("1", "one"))], model, tmp_path / "stores")
     tokenizer = ChatTokenizer.load(store.tokenizer_dir)
     assert tokenizer.digest == ChatTokenizer.load(model).digest
-    assert tokenizer.decode(store.example(0).input_ids.tolist()) == "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+    assert (
+        tokenizer.decode(store.example(0).input_ids.tolist())
+        == "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+    )
 
 
-def test_any_number_of_workers_writes_the_same_bytes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_module, "IN_PROCESS_BYTES", 0)
     rows = [chat(f"q{n}", "word " * (n % 7 + 1)) if n % 50 else "{broken" for n in range(1, 1100)]
     source = write(tmp_path / "a.jsonl", *rows)
-    stores = [make([source], model, tmp_path / f"s{workers}", workers=workers, bad_rows="drop") for workers in (1, 2, 3)]
+    stores = [
+        make([source], model, tmp_path / f"s{workers}", workers=workers, bad_rows="drop") for workers in (1, 2, 3)
+    ]
     assert stores[0].fingerprint == stores[1].fingerprint
     assert contents(stores[0].path) == contents(stores[1].path) == contents(stores[2].path)
     assert stores[0].meta["dropped"]["malformed_json"]["count"] == 21
@@ -150,20 +160,29 @@ def test_bad_rows_are_listed_with_their_lines(model: Path, tmp_path: Path) -> No
     with pytest.raises(DataError) as caught:
         make([source], model, tmp_path / "s")
     lines = str(caught.value).splitlines()
-    assert "26 bad rows of 27 (25 malformed_json, 1 control_token)" in lines[0] and "data.bad_rows: drop" in lines[0]
+    assert "26 bad rows of 27 (25 malformed_json, 1 control_token)" in lines[0]
+    assert "data.bad_rows: drop" in lines[0]
     assert lines[1].startswith(f"  {source.path}:2: malformed JSON")
-    assert len(lines) == 22 and lines[-1] == "  ... and 6 more"
+    assert len(lines) == 22
+    assert lines[-1] == "  ... and 6 more"
     assert names(tmp_path / "s") == set()
 
 
 def test_dropped_rows_are_counted_by_cause(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", chat("1", "one"), *["{"] * 8, chat("2", "<|im_end|>"), chat("3", "long " * 100))
+    source = write(
+        tmp_path / "a.jsonl", chat("1", "one"), *["{"] * 8, chat("2", "<|im_end|>"), chat("3", "long " * 100)
+    )
     store = make([source], model, tmp_path / "s", bad_rows="drop", max_tokens=100)
     dropped = store.meta["dropped"]
-    assert {cause: entry["count"] for cause, entry in dropped.items()} == {"control_token": 1, "malformed_json": 8, "too_long": 1}
+    assert {cause: entry["count"] for cause, entry in dropped.items()} == {
+        "control_token": 1,
+        "malformed_json": 8,
+        "too_long": 1,
+    }
     assert len(dropped["malformed_json"]["examples"]) == 5
     assert dropped["too_long"]["examples"][0].startswith(f"{source.path}:11: ")
-    assert store.meta["rows_read"] == 11 and store.meta["kept"] == len(store) == 1
+    assert store.meta["rows_read"] == 11
+    assert store.meta["kept"] == len(store) == 1
 
 
 def test_too_long_rows_can_be_an_error_with_line_length_and_limit(model: Path, tmp_path: Path) -> None:
@@ -183,7 +202,9 @@ def test_nothing_left_is_an_error(model: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the fingerprint
 
 
-def test_an_existing_store_is_opened_and_not_made_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_store_is_opened_and_not_made_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write(tmp_path / "a.jsonl", chat("1", "one"))
     first = make([source], model, tmp_path / "s")
     monkeypatch.setattr(store_module, "_build", lambda *_, **__: pytest.fail("built again"))
@@ -204,7 +225,10 @@ def test_whatever_changes_tokens_changes_the_fingerprint(model: Path, tmp_path: 
         store_fingerprint([other], tokenizer, **base),
         store_fingerprint([source, other], tokenizer, **base),
         store_fingerprint([other, source], tokenizer, **base),
-        *(store_fingerprint([source], tokenizer, **(base | change)) for change in ({"max_tokens": 99}, {"too_long": "error"}, {"bad_rows": "error"})),
+        *(
+            store_fingerprint([source], tokenizer, **(base | change))
+            for change in ({"max_tokens": 99}, {"too_long": "error"}, {"bad_rows": "error"})
+        ),
     ]
     assert len(set(found)) == len(found)
     assert store_fingerprint([moved], tokenizer, **base) == found[0]
@@ -231,7 +255,9 @@ def test_cut_or_lost_files_are_named(model: Path, tmp_path: Path, name: str) -> 
     store = make([write(tmp_path / "a.jsonl", chat("1", "one"))], model, tmp_path / "s")
     content = (store.path / name).read_bytes()
     (store.path / name).write_bytes(content[:-1])
-    with pytest.raises(DataError, match=f"{Path(name).name} has {len(content) - 1} bytes, committed with {len(content)}"):
+    with pytest.raises(
+        DataError, match=f"{Path(name).name} has {len(content) - 1} bytes, committed with {len(content)}"
+    ):
         TokenStore.open(store.path)
     (store.path / name).unlink()
     with pytest.raises(DataError, match=f"{Path(name).name} is missing"):
@@ -277,7 +303,8 @@ def test_killed_preparation_leaves_no_store_and_no_processes_and_the_next_one_is
 ) -> None:
     source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "word " * 30) for n in range(20_000)])
     process = start(tmp_path, source, model, workers=workers)
-    assert process.stdout is not None and process.stdout.readline().startswith("rows")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("rows")
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -1,0 +1,20 @@
+"""Resuming at any step draws the uninterrupted run's curve and ends in its weights, bit for bit."""
+
+import pytest
+
+from tests.numerics.lab import STEPS, Case, Lab
+
+# Epochs end at steps 4, 8, 12 and 16; every step for one process, four kinds of step for the others.
+RESUMED = [
+    *[Case("single", 1, resumed_at=step) for step in range(1, STEPS)],
+    *[Case(engine, 2, resumed_at=step) for engine in ("ddp", "zero2", "zero3") for step in (1, 6, 8, 19)],
+]
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.run_name)
+def test_a_resumed_run_is_the_uninterrupted_run(case: Case, lab: Lab) -> None:
+    for key in ("loss", "grad_norm", "lr", "examples", "response_tokens"):
+        assert lab.series(case, key).tolist() == lab.series(case.uninterrupted, key)[case.resumed_at :].tolist()
+    weights, whole = lab.weights(case), lab.weights(case.uninterrupted)
+    assert weights.keys() == whole.keys()
+    assert all(weights[name].equal(whole[name]) for name in whole)

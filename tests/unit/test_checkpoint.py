@@ -1,0 +1,93 @@
+"""Checkpoints are whole or do not exist."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_dist import checkpoint
+from sft_dist.checkpoint import RunState
+from sft_dist.errors import CheckpointError
+from sft_dist.metrics import read_lines, read_steps
+from sft_dist.trackers import JsonlTracker
+from sft_dist.world import World
+
+STATE = RunState(step=3, data_fingerprint="f", curve={"optim.lr": 1e-3}, engine="single", world_size=1)
+
+
+class FileEngine:
+    """An engine whose state is one file: commit needs no more."""
+
+    world, device = World(), torch.device("cpu")
+
+    def __init__(self, fail: bool = False) -> None:
+        self.fail = fail
+
+    def save(self, directory: Path) -> None:
+        (directory / "state.bin").write_bytes(b"x" * 1000)
+        if self.fail:
+            raise OSError(28, "No space left on device")
+
+
+def commit(directory: Path, step: int, *, keep: int = 2, fail: bool = False) -> Path:
+    return checkpoint.commit(FileEngine(fail), dataclasses.replace(STATE, step=step), directory, keep=keep)  # type: ignore[arg-type]
+
+
+def test_a_committed_checkpoint_is_read_back(tmp_path: Path) -> None:
+    assert checkpoint.read_state(commit(tmp_path, 3)) == STATE
+
+
+def test_old_ones_go_only_after_a_newer_commit(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        commit(tmp_path, step)
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_a_failed_write_leaves_the_one_before_it(tmp_path: Path) -> None:
+    commit(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No space left.*untouched"):
+        commit(tmp_path, 2, fail=True)
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000001"]
+    commit(tmp_path, 2)
+    assert not list(tmp_path.glob(".step-*")), "the next commit sweeps what a failed one left"
+
+
+def test_what_was_not_committed_does_not_count(tmp_path: Path) -> None:
+    path = commit(tmp_path, 1)
+    (path / "COMMITTED").unlink()
+    assert checkpoint.committed(tmp_path) == []
+    with pytest.raises(CheckpointError, match="not a committed checkpoint"):
+        checkpoint.read_state(path)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
+    path = commit(tmp_path, 1)
+    file = path / "state.bin"
+    if damage == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(b"y" + b"x" * 999 if damage == "flip" else b"x" * 999)
+    with pytest.raises(CheckpointError, match=r"state\.bin"):
+        checkpoint.read_state(path)
+
+
+def test_another_run_is_refused_key_by_key(tmp_path: Path) -> None:
+    now = dataclasses.replace(STATE, curve={"optim.lr": 2e-3}, data_fingerprint="g", world_size=2)
+    with pytest.raises(
+        CheckpointError,
+        match=r"optim\.lr: 0\.001 then, 0\.002 now; data_fingerprint: 'f' then, 'g' now; world_size: 1 then, 2 now",
+    ):
+        checkpoint.require_same_run(STATE, now, tmp_path)
+
+
+def test_a_torn_last_line_is_ignored_and_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"event": "step", "step": 1, "loss": 2.0}\n{"event": "step", "step": 1, "loss": 1.0}\n{"event": "st'
+    )
+    assert read_steps(path) == {1: {"event": "step", "step": 1, "loss": 1.0}}, "the last attempt of a step counts"
+    JsonlTracker(path).close()
+    assert path.read_text().endswith("}\n")
+    assert len(list(read_lines(path))) == 2

@@ -1,0 +1,114 @@
+"""The tree read downwards is the import order, and what is above the torch line never loads torch."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sft_dist"
+
+# A file imports only files above it. `cli` is last and exempt.
+ORDER = """
+errors config package_files quiet world
+demo
+data.sources data.chat data.store data.prepare data.inspect data.schedule
+-- torch below this line
+data.batch
+model.attention model.loss model.load model.verify
+engine.interface engine.collectives engine.local engine.zero engine.start
+optim
+checkpoint
+generate evaluate scoring
+metrics trackers
+oom
+train
+demo_run
+""".splitlines()
+MODULES = [module for line in ORDER if not line.startswith("--") for module in line.split()]
+ABOVE_TORCH = [module for line in ORDER[: ORDER.index("-- torch below this line")] for module in line.split()]
+EXEMPT = {"cli", "__main__", "__init__"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported_by(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sft_dist"):
+            base = node.module.removeprefix("sft_dist").removeprefix(".")
+            found |= {base} if base in MODULES else {f"{base}.{alias.name}".strip(".") for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.removeprefix("sft_dist.") for alias in node.names if alias.name.startswith("sft_dist.")
+            }
+    return found
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_only_files_above_it(path: Path) -> None:
+    name = name_of(path)
+    if name in EXEMPT:
+        return
+    assert name in MODULES, f"{name} has no place in the order"
+    above = set(MODULES[: MODULES.index(name)])
+    assert imported_by(path) <= above, f"{name} imports {imported_by(path) - above} from below"
+
+
+def test_the_order_names_files_that_exist() -> None:
+    assert set(MODULES) == {name_of(path) for path in FILES} - EXEMPT
+
+
+@pytest.mark.parametrize("module", ABOVE_TORCH)
+def test_nothing_above_the_line_loads_torch(module: str) -> None:
+    code = f"import sys, sft_dist.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+def test_a_small_prepare_does_not_load_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+sys.path.insert(0, '.')
+from tests import tiny
+directory = Path(sys.argv[1])
+tiny.write_tokenizer(directory / 'm')
+tiny.write_chats(directory / 'd.jsonl', num_examples=20, seed=0)
+(directory / 'r.yaml').write_text(f'''
+run: {{name: a, dir: {directory}/runs}}
+model: {{path: {directory}/m}}
+data: {{train: {directory}/d.jsonl}}
+batch: {{examples: 8}}
+optim: {{lr: 1e-3}}
+''')
+from sft_dist.cli import main
+assert main(['prepare', str(directory / 'r.yaml')]) == 0
+assert (next((directory / 'runs' / 'stores').glob('*/COMMITTED'))).exists()
+loaded = {'torch', 'transformers', 'deepspeed'} & set(sys.modules)
+sys.exit(f'prepare loaded {loaded}' if loaded else 0)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=120, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_is_instant() -> None:
+    """Best of three: the machine may be busy."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "sft_dist", "--help"], check=True, cwd=ROOT, timeout=60, capture_output=True
+        )
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.7
