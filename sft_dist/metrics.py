@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from sft_dist.data.batch import StepBatch
+from sft_dist.engine.interface import StepResult
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -52,6 +55,36 @@ class HeldOutMetrics:
     response_tokens: int
     seconds: float
     attempt: int
+
+
+def step_metrics(
+    batch: StepBatch,
+    result: StepResult,
+    *,
+    loss: float,
+    lr: float,
+    seconds: float,
+    device: torch.device,
+    attempt: int,
+) -> StepMetrics:
+    """The metrics of a step that took `seconds`."""
+    return StepMetrics(
+        step=batch.step,
+        epoch=batch.epoch,
+        loss=loss,
+        lr=lr,
+        grad_norm=result.grad_norm,
+        applied=result.applied,
+        examples=batch.num_examples,
+        tokens=batch.num_tokens,
+        response_tokens=batch.num_responses,
+        tokens_per_s=batch.num_tokens / seconds,
+        seconds=seconds,
+        pack_fill=batch.pack_fill,
+        imbalance=batch.imbalance,
+        peak_memory_bytes=peak_memory_bytes(device),
+        attempt=attempt,
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -5,36 +5,35 @@ import functools
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from sft_dist import checkpoint
+from sft_dist.banner import show_banner
 from sft_dist.checkpoint import RunState
 from sft_dist.config import Recipe
-from sft_dist.data.batch import MicroBatch, StepBatch, build_micro_batch, load_steps, token_weights
-from sft_dist.data.chat import ChatTokenizer
-from sft_dist.data.prepare import open_or_prepare
-from sft_dist.data.schedule import CostModel, Schedule, global_batches
-from sft_dist.data.store import TokenStore
-from sft_dist.engine.collectives import any_rank, choose_device, sum_over_ranks
+from sft_dist.data.batch import StepBatch, load_steps
+from sft_dist.data.schedule import CostModel, global_batches
+from sft_dist.engine.collectives import any_rank, barrier, sum_over_ranks
 from sft_dist.engine.interface import Engine
-from sft_dist.engine.start import resolve_engine, start_engine
-from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.engine.start import start_engine
+from sft_dist.errors import CheckpointError
 from sft_dist.evaluate import HeldOutSet, evaluating
-from sft_dist.metrics import HeldOutMetrics, StepMetrics, peak_memory_bytes
-from sft_dist.model.attention import choose_backend
-from sft_dist.model.load import PackedModel, align_generation, compute_dtype, export_model, load_model
+from sft_dist.job import Job, plan_job
+from sft_dist.metrics import HeldOutMetrics, step_metrics
+from sft_dist.model.load import PackedModel, align_generation, export_model
 from sft_dist.model.verify import require_agreement
 from sft_dist.oom import explained_out_of_memory
 from sft_dist.optim import build_adamw, lr_at
 from sft_dist.quiet import quiet_libraries
 from sft_dist.trackers import Trackers, start_trackers
-from sft_dist.world import StopRequest, World, check_launcher_agrees, read_world
+from sft_dist.world import StopRequest, World
 
 logger = logging.getLogger(__name__)
 
@@ -76,36 +75,27 @@ def train_loop(
         lr = lr_at(batch.step, optim=recipe.optim, num_steps=num_steps)
         result = engine.step(lr=lr)
         state = state.next()  # a withheld step advances too
-        seconds = time.perf_counter() - started
+        asked = torch.full_like(loss, stop_requested(stop, recipe, engine.world))
+        global_loss, num_asked = sum_over_ranks(torch.stack([loss, asked])).tolist()
         trackers.log(
-            StepMetrics(
-                step=batch.step,
-                epoch=batch.epoch,
-                loss=float(sum_over_ranks(loss)),
+            step_metrics(
+                batch,
+                result,
+                loss=global_loss,
                 lr=lr,
-                grad_norm=result.grad_norm,
-                applied=result.applied,
-                examples=batch.num_examples,
-                tokens=batch.num_tokens,
-                response_tokens=batch.num_responses,
-                tokens_per_s=batch.num_tokens / seconds,
-                seconds=seconds,
-                pack_fill=batch.pack_fill,
-                imbalance=batch.imbalance,
-                peak_memory_bytes=peak_memory_bytes(engine.device),
+                seconds=time.perf_counter() - started,
+                device=engine.device,
                 attempt=attempt,
             )
         )
         if profiler is not None:
             profiler.step()
         is_end = batch.step == num_steps
-        if held_out is not None and recipe.train.eval_every and (is_end or batch.step % recipe.train.eval_every == 0):
+        if held_out is not None and (is_end or is_due(recipe.train.eval_every, batch.step)):
             measure_held_out(engine, held_out, step=batch.step, trackers=trackers, attempt=attempt)
-        asked = stop.received is not None or (recipe.run.path / STOP_FILE).exists()
-        stopping = any_rank(asked, engine.device)
-        if is_end or stopping or (recipe.train.save_every and batch.step % recipe.train.save_every == 0):
+        if is_end or num_asked or is_due(recipe.train.save_every, batch.step):
             checkpoint.commit(engine, state, recipe.run.path / "checkpoints", keep=recipe.train.keep_checkpoints)
-        if stopping:
+        if num_asked:
             break
     return state
 
@@ -113,94 +103,35 @@ def train_loop(
 def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool = False) -> RunResult:
     """Prepare, train, export. Everything that can be refused is refused before the process group forms."""
     quiet_libraries()
-    world = read_world()
-    engine_name = resolve_engine(recipe.train.engine, world=world)
-    check_launcher_agrees(engine_name)
-    if recipe.batch.examples is not None and recipe.batch.examples < world.size:
-        raise ConfigError(
-            f"batch.examples={recipe.batch.examples} is fewer examples a step than the {world.size} ranks; "
-            "raise it or start fewer processes"
-        )
-    device = choose_device(world)
-    dtype = compute_dtype(recipe.model.dtype, device)
-    backend = choose_backend(recipe.model.attention, device=device, dtype=dtype)
+    job = plan_job(recipe, console=console, resume=resume)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    store, held_out_store = _open_stores(recipe, world=world, console=console)
-    tokenizer = ChatTokenizer.load(
-        recipe.model.path, revision=recipe.model.revision, chat_template=recipe.data.chat_template
-    )
-    pack_tokens = _checked_pack_tokens(recipe, [store, held_out_store])
-    schedule = _build_schedule(recipe, store)
-    state = RunState(
-        step=0,
-        data_fingerprint=store.fingerprint,
-        curve=checkpoint.curve_of(recipe, num_steps=schedule.num_steps),
-        engine=engine_name,
-        world_size=world.size,
-    )
-    start_from = _find_checkpoint(recipe, resume=resume)
     torch.manual_seed(recipe.run.seed)
-
-    def load() -> PackedModel:
-        return load_model(
-            recipe.model,
-            backend=backend,
-            dtype=dtype,
-            device=device,
-            num_tokens=tokenizer.num_tokens,
-            added_token_ids=tokenizer.added_token_ids,
-        )
-
-    longest = int(store.lengths.max())
     with (
-        explained_out_of_memory(
-            pack_tokens=recipe.pack_tokens, longest_example=longest, checkpointing=recipe.model.checkpointing
-        ),
         StopRequest() as stop,
+        explained_out_of_memory(
+            pack_tokens=recipe.pack_tokens,
+            longest_example=job.longest_example,
+            checkpointing=recipe.model.checkpointing,
+        ),
     ):
         engine = start_engine(
             recipe,
-            name=engine_name,
-            world=world,
-            dtype=dtype,
-            device=device,
-            load_model=load,
+            name=job.engine_name,
+            world=job.world,
+            dtype=job.dtype,
+            device=job.device,
+            load_model=job.load_model,
             make_optimizer=functools.partial(build_adamw, optim=recipe.optim),
         )
-        cost = _cost_model(engine.model)
         with evaluating(engine.model):
-            require_agreement(engine.model, _probe_batch(store, schedule, world).to(device))
-        attempt = _record_attempt(recipe, world)
-        if start_from is not None:
-            state = _resume(engine, start_from, state)
-        held_out = HeldOutSet(held_out_store, recipe.loss, pack_tokens, cost) if held_out_store is not None else None
-        quiet = not world.is_main
-        trackers = (
-            Trackers([])
-            if quiet
-            else start_trackers(recipe, console=console, num_steps=schedule.num_steps, done=state.step)
-        )
-        with trackers, _profiler(recipe, enabled=profile, world=world) as profiler:
-            if held_out is not None and state.step == 0:
-                measure_held_out(engine, held_out, step=0, trackers=trackers, attempt=attempt)
-            batches = global_batches(
-                schedule, first_step=state.step + 1, world_size=world.size, pack_tokens=pack_tokens, cost=cost
-            )
-            state = train_loop(
-                engine,
-                load_steps(store, batches, rank=world.rank, loss=recipe.loss, pack_tokens=pack_tokens, device=device),
-                state,
-                recipe=recipe,
-                num_steps=schedule.num_steps,
-                held_out=held_out,
-                trackers=trackers,
-                stop=stop,
-                attempt=attempt,
-                profiler=profiler,
-            )
-        finished = state.step == schedule.num_steps
-        model_dir = _export(engine, recipe, store, tokenizer) if finished else None
+            agreement = require_agreement(engine.model, job.probe_batch())
+        state = _resume(engine, job.start_from, job.first_state) if job.start_from else job.first_state
+        if job.world.is_main:
+            show_banner(console, job, model=engine.model.causal_lm, agreement=agreement, done=state.step)
+        state = _train(engine, state, job, console=console, stop=stop, profile=profile)
+        finished = state.step == job.schedule.num_steps
+        model_dir = _export(engine, job) if finished else None
         engine.close()
     return RunResult(state.step, finished, model_dir)
 
@@ -211,6 +142,16 @@ def seed_forward(seed: int, step: int, rank: int, micro_index: int) -> None:
     for part in (step, rank, micro_index):
         mixed = (mixed * 0x9E3779B97F4A7C15 + part + 1) % 2**63
     torch.manual_seed(mixed)
+
+
+def is_due(every: int | None, step: int) -> bool:
+    """True at every `every`-th step; never for None."""
+    return every is not None and step % every == 0
+
+
+def stop_requested(stop: StopRequest, recipe: Recipe, world: World) -> bool:
+    """A signal on this rank, or the stop file seen by rank 0."""
+    return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).exists())
 
 
 def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, attempt: int) -> float:
@@ -230,42 +171,40 @@ def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, tracker
     return loss
 
 
-def _open_stores(recipe: Recipe, *, world: World, console: Console) -> tuple[TokenStore, TokenStore | None]:
-    """The training and the held-out store; local rank 0 prepares what is missing, the others wait for its commit."""
-    train = open_or_prepare(recipe, recipe.data.train, is_preparer=world.is_local_main, console=console)
-    if not recipe.data.held_out:
-        return train, None
-    return train, open_or_prepare(recipe, recipe.data.held_out, is_preparer=world.is_local_main, console=console)
-
-
-def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int | None:
-    """Most tokens in a pack; None for one example a pack. Raises ConfigError below the longest kept example."""
-    if not recipe.batch.packing:
-        return None
-    for store in stores:
-        if store is not None and int(store.lengths.max()) > recipe.pack_tokens:
-            longest = int(store.lengths.argmax())
-            raise ConfigError(
-                f"batch.pack_tokens={recipe.pack_tokens} is shorter than an example of "
-                f"{int(store.lengths[longest])} tokens ({store.origin(longest)}); "
-                "raise it to at least that, or lower data.max_tokens to drop such examples"
-            )
-    return recipe.pack_tokens
-
-
-def _build_schedule(recipe: Recipe, store: TokenStore) -> Schedule:
-    train = recipe.train
-    return Schedule(
-        store.lengths,
-        store.num_responses,
-        seed=recipe.run.seed,
-        sources=store.source_ranges,
-        weights=[source.weight for source in recipe.data.train],
-        examples=recipe.batch.examples,
-        tokens=recipe.batch.tokens,
-        epochs=train.epochs if train.steps is None and train.epochs else None if train.steps else 1,
-        steps=train.steps,
+def _train(
+    engine: Engine, state: RunState, job: Job, *, console: Console, stop: StopRequest, profile: bool
+) -> RunState:
+    """Lay the steps out, open the trackers, and run the loop."""
+    recipe, num_steps = job.recipe, job.schedule.num_steps
+    cost = _cost_model(engine.model)
+    attempt = _record_attempt(recipe, job.world)
+    held_out = None
+    if job.held_out_store is not None:
+        held_out = HeldOutSet(job.held_out_store, recipe.loss, job.pack_tokens, cost)
+    batches = global_batches(
+        job.schedule, first_step=state.step + 1, world_size=job.world.size, pack_tokens=job.pack_tokens, cost=cost
     )
+    steps = load_steps(
+        job.store, batches, rank=job.world.rank, loss=recipe.loss, pack_tokens=job.pack_tokens, device=job.device
+    )
+    trackers = Trackers([])
+    if job.world.is_main:
+        trackers = start_trackers(recipe, console=console, num_steps=num_steps, done=state.step)
+    with trackers, _profiler(recipe, enabled=profile, world=job.world) as profiler:
+        if held_out is not None and state.step == 0:
+            measure_held_out(engine, held_out, step=0, trackers=trackers, attempt=attempt)
+        return train_loop(
+            engine,
+            steps,
+            state,
+            recipe=recipe,
+            num_steps=num_steps,
+            held_out=held_out,
+            trackers=trackers,
+            stop=stop,
+            attempt=attempt,
+            profiler=profiler,
+        )
 
 
 def _cost_model(model: PackedModel) -> CostModel:
@@ -283,24 +222,6 @@ def _cost_model(model: PackedModel) -> CostModel:
         num_layers=config.num_hidden_layers,
         attention_width=width,
     )
-
-
-def _probe_batch(store: TokenStore, schedule: Schedule, world: World) -> MicroBatch:
-    """A pack of the three shortest examples of step 1 (of the store, if the step has fewer); equal on all ranks."""
-    _, ids = schedule.example_ids(1)
-    pool = ids if len(ids) >= 3 else range(len(store))
-    chosen = sorted(dict.fromkeys(int(i) for i in pool), key=lambda i: int(store.lengths[i]))[:3]
-    weights = token_weights(store.num_responses[chosen], loss="example_mean")
-    return build_micro_batch(store, tuple(chosen), dict(zip(chosen, weights.tolist(), strict=True)), is_last=False)
-
-
-def _find_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:
-    found = checkpoint.committed(recipe.run.path / "checkpoints")
-    if found and not resume:
-        raise CheckpointError(
-            f"{recipe.run.path} already holds checkpoints up to {found[-1].name}; resume it, or choose another run.name"
-        )
-    return found[-1] if found else None
 
 
 def _resume(engine: Engine, path: Path, expected: RunState) -> RunState:
@@ -322,7 +243,7 @@ def _resume(engine: Engine, path: Path, expected: RunState) -> RunState:
     )
     engine.load(path)
     logger.info("resumed from %s", path)
-    return RunState(**(vars(expected) | {"step": step}))
+    return replace(expected, step=step)
 
 
 def _record_attempt(recipe: Recipe, world: World) -> int:
@@ -340,19 +261,20 @@ def _record_attempt(recipe: Recipe, world: World) -> int:
     return attempt
 
 
-def _export(engine: Engine, recipe: Recipe, store: TokenStore, tokenizer: ChatTokenizer) -> Path:
+def _export(engine: Engine, job: Job) -> Path:
     """Write runs/<name>/model; a crash in the middle leaves no half model under that name."""
-    final = recipe.run.path / "model"
+    final = job.recipe.run.path / "model"
     state_dict = engine.state_dict()
-    if engine.world.is_main:
-        causal_lm = engine.model.causal_lm
+    if job.world.is_main:
+        causal_lm, tokenizer = engine.model.causal_lm, job.tokenizer
         align_generation(causal_lm, stop_ids=tokenizer.stop_ids, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        writing = final.with_name(f".model-{os.getpid()}")
-        export_model(causal_lm, state_dict, writing, tokenizer_dir=store.tokenizer_dir)
+        writing, old = (final.with_name(f".model-{suffix}-{os.getpid()}") for suffix in ("new", "old"))
+        export_model(causal_lm, state_dict, writing, tokenizer_dir=job.store.tokenizer_dir)
         if final.exists():
-            final.rename(final.with_name(f".model-old-{os.getpid()}"))
+            final.rename(old)
         writing.rename(final)
-    any_rank(False, engine.device)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier(engine.device)
     return final
 
 

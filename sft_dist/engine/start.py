@@ -1,7 +1,6 @@
 """From an engine's name to a running engine."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +27,15 @@ def resolve_engine(name: str, *, world: World) -> str:
     return name
 
 
-def zero_file(recipe: Recipe, engine: str) -> Path:
-    """The DeepSpeed file of a zero engine: the recipe's own, or configs/deepspeed/<engine>.json."""
-    return recipe.train.deepspeed or package_files.find(f"deepspeed/{engine}.json")
+def zero_knobs(recipe: Recipe, engine: str) -> dict[str, Any]:
+    """The ZeRO knobs of an engine: from the recipe's own file, or from configs/deepspeed/<engine>.json.
+
+    Empty for single and ddp. Raises ConfigError for a file that contradicts the recipe.
+    """
+    if not engine.startswith("zero"):
+        return {}
+    path = recipe.train.deepspeed or package_files.find(f"deepspeed/{engine}.json")
+    return read_zero_knobs(path, engine=engine)
 
 
 def start_engine(
@@ -47,9 +52,8 @@ def start_engine(
 
     name: an engine other than `auto`. load_model is called after the group exists: ZeRO-3 shards what it reads.
     """
-    is_zero = name.startswith("zero")
-    knobs = read_zero_knobs(zero_file(recipe, name), engine=name) if is_zero else {}
-    join_process_group(world, device, timeout_s=recipe.train.timeout_s, needed=is_zero)
+    knobs = zero_knobs(recipe, name)
+    join_process_group(world, device, timeout_s=recipe.train.timeout_s, needed=bool(knobs))
     common: dict[str, Any] = {
         "name": name,
         "world": world,
@@ -57,6 +61,6 @@ def start_engine(
         "max_grad_norm": recipe.optim.max_grad_norm,
         "make_optimizer": make_optimizer,
     }
-    if is_zero:
+    if knobs:
         return start_zero(load_model, dtype=dtype, knobs=knobs, **common)
     return LocalEngine(load_model(), **common)

@@ -68,6 +68,12 @@ def start_zero(
 ) -> "ZeroEngine":
     """Load the model, sharded while it is read under ZeRO-3, and hand it to DeepSpeed."""
     deepspeed = _import_deepspeed(device)
+    # Until it has been told of the group, DeepSpeed believes in a world of one and trains each rank by itself.
+    deepspeed.comm.init_distributed(torch.distributed.get_backend(), dist_init_required=False)
+    if deepspeed.comm.get_world_size() != world.size:
+        raise BackendError(
+            f"DeepSpeed sees {deepspeed.comm.get_world_size()} processes, the launcher says {world.size}"
+        )
     config = _full_config(knobs, world=world, dtype=dtype, max_grad_norm=max_grad_norm)
     # transformers reads this object while it lives: from_pretrained then partitions each weight as it is read.
     partitioning = _hf_deepspeed_config(config) if config["zero_optimization"]["stage"] == 3 else None

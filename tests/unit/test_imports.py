@@ -24,7 +24,7 @@ optim
 checkpoint
 generate evaluate scoring
 metrics trackers
-oom
+oom job banner
 train
 demo_run
 """.splitlines()
@@ -43,7 +43,8 @@ def imported_by(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sft_dist"):
             base = node.module.removeprefix("sft_dist").removeprefix(".")
-            found |= {base} if base in MODULES else {f"{base}.{alias.name}".strip(".") for alias in node.names}
+            names = {f"{base}.{alias.name}".strip(".") for alias in node.names}
+            found |= {base} if base in MODULES else names - {"__version__"}
         elif isinstance(node, ast.Import):
             found |= {
                 alias.name.removeprefix("sft_dist.") for alias in node.names if alias.name.startswith("sft_dist.")

@@ -1,0 +1,49 @@
+"""What is about to be trained, on what and how: said once, before step 1."""
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from sft_dist import __version__
+from sft_dist.job import Job
+from sft_dist.model.verify import Agreement
+
+
+def show_banner(console: Console, job: Job, *, model: PreTrainedModel, agreement: Agreement, done: int) -> None:
+    """Print run, model, engine, batch arithmetic and the check before step 1. done: steps of an earlier attempt."""
+    recipe, schedule = job.recipe, job.schedule
+    # Under ZeRO-3 a parameter keeps its real size in ds_numel.
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    _, first_ids = schedule.example_ids(1)
+    start = f"resumed after step {done}" if done else "from step 1"
+    attention = f"{job.backend.name}{' (auto)' if recipe.model.attention == 'auto' else ''}"
+    tokens, trained = int(job.store.lengths.sum()), int(job.store.num_responses.sum())
+    step_tokens = int(job.store.lengths[first_ids].sum())
+    packs = f"packs of up to {job.pack_tokens:,} tokens" if job.pack_tokens else "one example a micro-batch"
+    lines = {
+        f"sft_dist {__version__}": f"{recipe.run.path}, {start} to {schedule.num_steps}",
+        "model": f"{type(model).__name__}, {num_parameters / 1e6:,.2f} M parameters, {recipe.model.path}",
+        "compute": f"{_name(job.dtype)} on {job.device.type}, fp32 master weights, attention {attention}, "
+        f"checkpointing {recipe.model.checkpointing}",
+        "engine": f"{job.engine_name} on {job.world.size} process{'es' * (job.world.size > 1)}",
+        "data": f"{len(job.store):,} examples, {tokens:,} tokens, {trained / tokens:.1%} trained",
+        "step": f"{len(first_ids)} examples in step 1 ({step_tokens:,} tokens), {recipe.loss}, {packs}",
+        "check": f"packed loss {agreement.packed_loss:.6f}, "
+        f"the model's own document by document {agreement.own_loss:.6f}",
+    }
+    if dropout := _dropout(model):
+        lines["dropout"] = f"{dropout}: the curve is the same only for the same engine, processes and pack_tokens"
+    table = Table.grid(padding=(0, 2))
+    for name, text in lines.items():
+        table.add_row(name, text)
+    console.print(table, highlight=False)
+
+
+def _name(dtype: object) -> str:
+    return {"torch.float32": "fp32", "torch.bfloat16": "bf16"}[str(dtype)]
+
+
+def _dropout(model: PreTrainedModel) -> str:
+    """The config's dropout rates above zero, as `key=rate`."""
+    rates = {key: value for key, value in model.config.to_dict().items() if key.endswith(("dropout", "_pdrop"))}
+    return ", ".join(f"{key}={value}" for key, value in rates.items() if value)

@@ -1,0 +1,154 @@
+"""All that a run needs to know before any process group forms, and every refusal that is possible by then."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sft_dist import checkpoint
+from sft_dist.checkpoint import RunState
+from sft_dist.config import Recipe
+from sft_dist.data.batch import MicroBatch, build_micro_batch, token_weights
+from sft_dist.data.chat import ChatTokenizer
+from sft_dist.data.prepare import open_or_prepare
+from sft_dist.data.schedule import Schedule
+from sft_dist.data.store import TokenStore
+from sft_dist.engine.collectives import choose_device
+from sft_dist.engine.start import resolve_engine, zero_knobs
+from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.model.attention import Backend, choose_backend
+from sft_dist.model.load import PackedModel, compute_dtype, load_model
+from sft_dist.world import World, check_launcher_agrees, read_world
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe in this world, checked. pack_tokens is None for one example a pack; start_from for a fresh run."""
+
+    recipe: Recipe
+    world: World
+    engine_name: str
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend
+    store: TokenStore
+    held_out_store: TokenStore | None
+    tokenizer: ChatTokenizer
+    pack_tokens: int | None
+    schedule: Schedule
+    start_from: Path | None
+
+    @property
+    def longest_example(self) -> int:
+        return max(int(store.lengths.max()) for store in (self.store, self.held_out_store) if store is not None)
+
+    @property
+    def first_state(self) -> RunState:
+        """The state before step 1."""
+        return RunState(
+            step=0,
+            data_fingerprint=self.store.fingerprint,
+            curve=checkpoint.curve_of(self.recipe, num_steps=self.schedule.num_steps),
+            engine=self.engine_name,
+            world_size=self.world.size,
+        )
+
+    def load_model(self) -> PackedModel:
+        """Read the weights; under ZeRO-3 each rank keeps its part."""
+        return load_model(
+            self.recipe.model,
+            backend=self.backend,
+            dtype=self.dtype,
+            device=self.device,
+            num_tokens=self.tokenizer.num_tokens,
+            added_token_ids=self.tokenizer.added_token_ids,
+        )
+
+    def probe_batch(self) -> MicroBatch:
+        """A pack of the three shortest examples of step 1 (of the store, if the step has fewer); equal on all ranks."""
+        _, ids = self.schedule.example_ids(1)
+        pool = ids if len(ids) >= 3 else range(len(self.store))
+        chosen = sorted(dict.fromkeys(int(i) for i in pool), key=lambda i: int(self.store.lengths[i]))[:3]
+        weights = token_weights(self.store.num_responses[chosen], loss=self.recipe.loss)
+        weight_of = dict(zip(chosen, weights.tolist(), strict=True))
+        return build_micro_batch(self.store, tuple(chosen), weight_of, is_last=False).to(self.device)
+
+
+def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
+    """Check the recipe against launcher, machine and data, preparing the data if need be.
+
+    Raises ConfigError, DataError, BackendError or CheckpointError; nothing has been started by then.
+    """
+    world = read_world()
+    engine_name = resolve_engine(recipe.train.engine, world=world)
+    check_launcher_agrees(engine_name)
+    zero_knobs(recipe, engine_name)
+    if recipe.batch.examples is not None and recipe.batch.examples < world.size:
+        raise ConfigError(
+            f"batch.examples={recipe.batch.examples} is fewer examples a step than the {world.size} ranks; "
+            "raise it or start fewer processes"
+        )
+    device = choose_device(world)
+    dtype = compute_dtype(recipe.model.dtype, device)
+    backend = choose_backend(recipe.model.attention, device=device, dtype=dtype)
+    store = open_or_prepare(recipe, recipe.data.train, console=console, is_preparer=world.is_local_main)
+    held_out_store = (
+        open_or_prepare(recipe, recipe.data.held_out, console=console, is_preparer=world.is_local_main)
+        if recipe.data.held_out
+        else None
+    )
+    section = recipe.model
+    return Job(
+        recipe=recipe,
+        world=world,
+        engine_name=engine_name,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        store=store,
+        held_out_store=held_out_store,
+        tokenizer=ChatTokenizer.load(section.path, revision=section.revision, chat_template=recipe.data.chat_template),
+        pack_tokens=_checked_pack_tokens(recipe, [store, held_out_store]),
+        schedule=_build_schedule(recipe, store),
+        start_from=_find_checkpoint(recipe, resume=resume),
+    )
+
+
+def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int | None:
+    """Most tokens in a pack; None for one example a pack. Raises ConfigError below the longest kept example."""
+    if not recipe.batch.packing:
+        return None
+    for store in stores:
+        if store is not None and int(store.lengths.max()) > recipe.pack_tokens:
+            longest = int(store.lengths.argmax())
+            raise ConfigError(
+                f"batch.pack_tokens={recipe.pack_tokens} is shorter than an example of "
+                f"{int(store.lengths[longest])} tokens ({store.origin(longest)}); "
+                "raise it to at least that, or lower data.max_tokens to drop such examples"
+            )
+    return recipe.pack_tokens
+
+
+def _build_schedule(recipe: Recipe, store: TokenStore) -> Schedule:
+    steps = recipe.train.steps
+    return Schedule(
+        store.lengths,
+        store.num_responses,
+        seed=recipe.run.seed,
+        sources=store.source_ranges,
+        weights=[source.weight for source in recipe.data.train],
+        examples=recipe.batch.examples,
+        tokens=recipe.batch.tokens,
+        epochs=None if steps else recipe.train.epochs or 1,
+        steps=steps,
+    )
+
+
+def _find_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:
+    found = checkpoint.committed(recipe.run.path / "checkpoints")
+    if found and not resume:
+        raise CheckpointError(
+            f"{recipe.run.path} already holds checkpoints up to {found[-1].name}; resume it, or choose another run.name"
+        )
+    return found[-1] if found else None

@@ -1,0 +1,142 @@
+"""The commands of the README, as they stand there, on real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sft_dist import package_files
+from sft_dist.metrics import read_steps
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tied_model: Path) -> Callable[..., Path]:
+    tiny.write_chats(tmp_path / "train.jsonl", num_examples=40, seed=0, longest=60)
+
+    def write(name: str, **train: object) -> Path:
+        raw = {
+            "run": {"name": name, "dir": str(tmp_path / "runs")},
+            "model": {"path": str(tied_model)},
+            "data": {"train": str(tmp_path / "train.jsonl"), "max_tokens": 128},
+            "batch": {"examples": 8},
+            "optim": {"lr": 1e-3},
+            "train": {"steps": 3} | train,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return write
+
+
+def start(*command: str, **environ: str) -> "subprocess.Popen[str]":
+    """Start a command of this environment; its program directory holds no compiler."""
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environ}
+    program = [str(BIN / command[0]), *command[1:]]
+    return subprocess.Popen(
+        program, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(*command: str, timeout_s: float = 150, **environ: str) -> str:
+    process = start(*command, **environ)
+    try:
+        output = process.communicate(timeout=timeout_s)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def losses(recipe_path: Path) -> list[float]:
+    run_section = yaml.safe_load(recipe_path.read_text())["run"]
+    steps = read_steps(Path(run_section["dir"]) / run_section["name"] / "metrics.jsonl")
+    return [steps[step]["loss"] for step in sorted(steps)]
+
+
+def test_accelerate_torchrun_and_python_draw_one_curve(recipe: Callable[..., Path]) -> None:
+    """accelerate and torchrun with two ranks, python alone; ZeRO needs no compiler on a CPU."""
+    alone, accelerated, torch_run = recipe("alone"), recipe("accelerated"), recipe("torchrun")
+    config = str(package_files.find("accelerate/cpu-2.yaml"))
+    train = ("-m", "sft_dist", "train")
+    run("python", *train, str(alone))
+    run("accelerate", "launch", "--config_file", config, *train, str(accelerated), "--engine", "zero2", **NO_COMPILER)
+    torchrun = ("torchrun", "--standalone", "--nproc_per_node", "2")
+    run(*torchrun, *train, str(torch_run), "--engine", "zero3", **NO_COMPILER)
+    for other in (accelerated, torch_run):
+        assert losses(other) == pytest.approx(losses(alone), abs=3e-6)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(recipe: Callable[..., Path]) -> None:
+    """SIGTERM to a single process: it commits, exits 0, and the next start ends where an undisturbed run ends."""
+    whole, stopped = recipe("whole", steps=60), recipe("stopped", steps=60)
+    run("python", "-m", "sft_dist", "train", str(whole))
+    process = start("python", "-m", "sft_dist", "train", str(stopped))
+    metrics = stopped.parent / "runs" / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "stopped on request after step" in output
+    assert len(losses(stopped)) < 60
+    assert "resumed after step" in run("python", "-m", "sft_dist", "train", str(stopped))
+    assert losses(stopped) == losses(whole)
+    attempts = {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()}
+    assert attempts == {1, 2}
+
+
+def test_profile_writes_a_trace_and_a_table(recipe: Callable[..., Path]) -> None:
+    path = recipe("profiled", steps=6)
+    run("sft-dist", "train", str(path), "--profile")
+    directory = path.parent / "runs" / "profiled" / "profile"
+    assert json.loads((directory / "trace.json").read_text())["traceEvents"]
+    assert "aten::mm" in (directory / "table.txt").read_text()
+
+
+def test_a_second_run_starts_from_the_store_at_once(recipe: Callable[..., Path]) -> None:
+    path = recipe("prepared")
+    first = run("sft-dist", "prepare", str(path))
+    store = next((path.parent / "runs" / "stores").glob("*/tokens.bin"))
+    written = store.stat().st_mtime_ns
+    run("sft-dist", "train", str(path))
+    assert store.stat().st_mtime_ns == written
+    assert "40 read, 40 kept" in first
+
+
+def test_the_wheel_runs_the_demo_from_an_empty_directory(tmp_path: Path) -> None:
+    """Built, unpacked beside nothing of the checkout, and started where there is no file."""
+    run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT))
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    run("python", "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
+    empty.mkdir()
+    process = subprocess.run(
+        [sys.executable, "-m", "sft_dist", "demo", "--steps", "4"],
+        cwd=empty,
+        env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"} | NO_COMPILER,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    assert str(site) in process.stdout.replace("\n", ""), "the accelerate config is the wheel's own"
+    assert len(read_steps(empty / "demo" / "runs" / "demo" / "metrics.jsonl")) == 4
+    assert (empty / "demo" / "runs" / "demo" / "model" / "model.safetensors").exists()
+    for heading in ("closed_qa", "held-out response loss", "best constant", "tokens/s"):
+        assert heading in process.stdout

@@ -1,0 +1,482 @@
+"""Bugs planted one at a time: the suite must notice each of them.
+
+    python tests/mutants.py             all of them, as `make mutants` does
+    python tests/mutants.py clip shift  those whose name contains one of the words
+
+Each bug is one replacement in a copy of the project, judged by the tests that ought to catch it. It is caught when
+those tests run and fail. It is no proof when they cannot run at all, so that is an error here: a text to replace that
+is not there exactly once, a selection that finds no test, a copy that breaks on a name or an import, a test that hangs.
+Exit code 0: every bug is caught.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "demo", "runs", "build", "dist", "*.egg-info")
+SIDE_BY_SIDE = 2
+TIME_LIMIT_S = 180
+BASELINE_TIME_LIMIT_S = 600
+# Errors of a replacement that does not fit its surroundings, not of a trainer that is wrong.
+BROKEN = re.compile(r"^(?:E\s+)?(?:SyntaxError|IndentationError|ImportError|ModuleNotFoundError|\w*NameError|UnboundLocalError): .*", re.M)  # fmt: skip # noqa: E501
+# A test that failed, not a fixture that did: what breaks the set-up was not noticed by a test.
+FAILED = re.compile(r"^FAILED (\S+::\S+)", re.M)
+
+BATCH, CHAT, STORE = "unit/test_batch.py", "unit/test_chat.py", "unit/test_store.py"
+LOSS, ATTENTION, SCHEDULE, RATES = (
+    "unit/test_loss.py",
+    "unit/test_attention.py",
+    "unit/test_schedule.py",
+    "unit/test_world.py",
+)
+CURVE, RESUME = "numerics/test_curve.py", "numerics/test_resume.py"
+SHIFT = f"{BATCH}::test_a_trained_token_is_predicted_from_the_position_before_it"
+REFERENCE = f"{CURVE}::test_a_single_process_draws_the_reference_curve[single-packs-example_mean-r103-w1]"
+LAYOUT = f"{CURVE}::test_every_layout_draws_the_single_process_curve"
+RESUMED = f"{RESUME}::test_a_resumed_run_is_the_uninterrupted_run[single-packs-example_mean-r103-from6-w1]"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted bug. file: under sft_dist/; `old` occurs in it once; tests: node ids under tests/ that must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    # ------------------------------------------------------------ which token is trained, with what weight
+    Mutant(
+        "targets shifted twice",
+        "data/batch.py",
+        "targets = [document[positions] for",
+        "targets = [document[np.minimum(positions + 1, len(document) - 1)] for",
+        SHIFT,
+    ),
+    Mutant(
+        "response index off by one",
+        "data/batch.py",
+        "index = [start + positions - 1 for",
+        "index = [start + positions for",
+        SHIFT,
+    ),
+    Mutant(
+        "positions run on across documents",
+        "data/batch.py",
+        "torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]",
+        "torch.arange(sum(lengths))[None]",
+        f"{BATCH}::test_a_pack_is_its_documents_end_to_end",
+    ),
+    Mutant(
+        "example_mean weighs like token_mean",
+        "data/batch.py",
+        'if loss == "example_mean":',
+        'if loss == "mean":',
+        f"{BATCH}::test_example_mean_gives_every_example_the_same_total",
+    ),
+    Mutant(
+        "N counts the examples of the pack only",
+        "data/batch.py",
+        "[weight_of[i] for i in pack],",
+        "[weight_of[i] * len(weight_of) / len(pack) for i in pack],",
+        f"{BATCH}::test_weights_sum_to_one_over_all_ranks_and_micro_batches[2]",
+    ),
+    Mutant(
+        # Every weight still adds up to 1: only another layout's curve shows it.
+        "mean of micro-batch means",
+        "train.py",
+        "share = engine(micro)  #",
+        "share = engine(micro) / (micro.weights.sum() * len(batch.micros))  #",
+        f"{LAYOUT}[single-onepack-example_mean-r103-w1]",
+    ),
+    Mutant(
+        "filler trains a token",
+        "data/batch.py",
+        "[np.zeros(FILLER_TOKENS, bool)], [0.0]",
+        "[np.arange(FILLER_TOKENS) > 0], [0.1]",
+        f"{BATCH}::test_a_filler_is_a_document_without_responses",
+    ),
+    Mutant(
+        "fillers left out",
+        "data/batch.py",
+        "for m, row in enumerate(batch.micro_steps)\n",
+        "for m, row in enumerate(batch.micro_steps) if row[rank]\n",
+        f"{BATCH}::test_weights_sum_to_one_over_all_ranks_and_micro_batches",
+    ),
+    Mutant(
+        "every micro-batch is the last",
+        "data/batch.py",
+        "is_last=m == last)",
+        "is_last=True)",
+        f"{BATCH}::test_weights_sum_to_one_over_all_ranks_and_micro_batches[2]",
+    ),
+    # ------------------------------------------------------------ model and loss
+    Mutant(
+        "documents attend to each other",
+        "model/attention.py",
+        "return torch.cat([_attend_document(*qkv, scale=scale, window=window) for qkv in documents])",
+        "return _attend_document(q, k, v, scale=scale, window=window)",
+        f"{ATTENTION}::test_perturbing_one_document_leaves_the_others_unchanged",
+    ),
+    Mutant(
+        "check against the model's own logits disabled",
+        "model/verify.py",
+        "if not agreement.logit_error <= tolerance:",
+        "if agreement.logit_error < 0:",
+        f"{ATTENTION}::test_a_soft_capped_model_is_refused_with_both_numbers",
+    ),
+    Mutant(
+        "check against the model's own logits not made",
+        "train.py",
+        "agreement = require_agreement(",
+        "from sft_dist.model.verify import compare_with_own_logits\n            agreement = compare_with_own_logits(",
+        "launch/test_errors.py::test_a_model_whose_logits_disagree",
+    ),
+    Mutant(
+        "added tokens start at noise",
+        "model/load.py",
+        "weight[new] = weight[~new].float().mean(0).to(weight.dtype)",
+        "pass",
+        "unit/test_base_model.py::test_new_rows_start_at_the_mean_and_old_ones_stay",
+    ),
+    Mutant(
+        "head gradient summed in bf16",
+        "model/loss.py",
+        "torch.zeros_like(weight, dtype=torch.float32)",
+        "torch.zeros_like(weight)",
+        f"{LOSS}::test_bf16_weight_gradient_is_summed_in_fp32_over_chunks",
+    ),
+    Mutant(
+        "head ignores the engine's scale",
+        "model/loss.py",
+        "scale = grad_outputs[0]",
+        "scale = torch.ones_like(grad_outputs[0])",
+        f"{LOSS}::test_loss_and_gradients_equal_full_logits_in_double_precision",
+    ),
+    # ------------------------------------------------------------ engines
+    Mutant(
+        "DeepSpeed averages over ranks",
+        "engine/zero.py",
+        "self.deepspeed.backward(loss * self.world.size,",
+        "self.deepspeed.backward(loss,",
+        f"{LAYOUT}[zero2-packs-example_mean-r103-w2]",
+    ),
+    Mutant(
+        "DDP does not sum gradients over ranks",
+        "engine/local.py",
+        "if self.world.size > 1:",
+        "if self.world.size > 99:",
+        f"{LAYOUT}[ddp-packs-example_mean-r103-w2]",
+    ),
+    Mutant(
+        "bf16 gradients accumulated in bf16",
+        "engine/local.py",
+        "of.grad.float() if master.grad is None else master.grad.add_(of.grad)",
+        "of.grad.float() if master.grad is None else (master.grad + of.grad).bfloat16().float()",
+        "numerics/test_bf16.py::test_layouts_spread_a_bf16_curve_at_most_twice_as_much_as_orders_do",
+    ),
+    Mutant(
+        "clipping ignored",
+        "engine/local.py",
+        "nn.utils.clip_grads_with_norm_(masters, self._max_grad_norm, norm)",
+        "pass",
+        REFERENCE,
+    ),
+    Mutant(
+        "ZeRO clipping ignored",
+        "engine/zero.py",
+        '"gradient_clipping": max_grad_norm,',
+        '"gradient_clipping": 0.0,',
+        f"{LAYOUT}[zero2-packs-example_mean-r103-w1]",
+    ),
+    Mutant(
+        "learning rate of the step before",
+        "train.py",
+        "lr = lr_at(batch.step,",
+        "lr = lr_at(max(1, batch.step - 1),",
+        REFERENCE,
+    ),
+    Mutant(
+        "decay begins a step early",
+        "optim.py",
+        "progress = (step - optim.warmup_steps - 1)",
+        "progress = (step - optim.warmup_steps)",
+        f"{RATES}::test_linear_and_constant",
+    ),
+    Mutant(
+        "weight decay on norms and biases",
+        "optim.py",
+        '{"params": undecayed, "weight_decay": 0.0}',
+        '{"params": undecayed, "weight_decay": optim.weight_decay}',
+        REFERENCE,
+    ),
+    Mutant(
+        "held-out loss is a mean of pack means",
+        "evaluate.py",
+        "total += engine(build_micro_batch(store, row[rank], weight_of, is_last=False).to(engine.device))",
+        "micro = build_micro_batch(store, row[rank], weight_of, is_last=False).to(engine.device)\n"
+        "                total += engine(micro) / (micro.weights.sum() * len(micro_steps))",
+        f"{CURVE}::test_held_out_loss_is_the_same_on_every_layout[single-packs-example_mean-r103-eval7-w1]",
+    ),
+    # ------------------------------------------------------------ schedule
+    Mutant(
+        "a step reaches into the next epoch",
+        "data/schedule.py",
+        "return epoch, draws[bounds[index] : bounds[index + 1]]",
+        "ids = draws[bounds[index] : bounds[index + 1]]\n"
+        "        missing = (self._examples or len(ids)) - len(ids)\n"
+        "        return epoch, np.append(ids, self._epoch(epoch + 1)[0][:missing])",
+        f"{SCHEDULE}::test_an_epoch_ends_a_step_and_the_next_is_reshuffled",
+    ),
+    Mutant(
+        "the short last step of an epoch is dropped",
+        "data/schedule.py",
+        "return np.append(np.arange(0, n, examples, dtype=np.int64), n)",
+        "return np.arange(0, n + 1, examples, dtype=np.int64)",
+        f"{SCHEDULE}::test_an_epoch_ends_a_step_and_the_next_is_reshuffled",
+    ),
+    Mutant(
+        "seed ignored",
+        "data/schedule.py",
+        "np.random.PCG64([seed, epoch])",
+        "np.random.PCG64([0, epoch])",
+        f"{SCHEDULE}::test_seed_and_epoch_decide_the_draws",
+    ),
+    Mutant(
+        "every epoch in the same order",
+        "data/schedule.py",
+        "np.random.PCG64([seed, epoch])",
+        "np.random.PCG64([seed, 0])",
+        f"{SCHEDULE}::test_an_epoch_ends_a_step_and_the_next_is_reshuffled",
+    ),
+    # ------------------------------------------------------------ checkpoints and resume
+    Mutant(
+        "optimizer state not restored",
+        "engine/local.py",
+        'for key in ("step", "exp_avg", "exp_avg_sq"):',
+        "for key in ():",
+        RESUMED,
+    ),
+    Mutant(
+        "schedule starts over after a resume",
+        "train.py",
+        "first_step=state.step + 1,",
+        "first_step=1,",
+        RESUMED,
+    ),
+    Mutant(
+        "checkpoint bytes not hashed",
+        "checkpoint.py",
+        "digest.update(block)",
+        "pass",
+        "unit/test_checkpoint.py::test_a_damaged_file_is_named[flip]",
+    ),
+    Mutant(
+        "another run's checkpoint accepted",
+        "checkpoint.py",
+        "if changed:",
+        "if len(changed) > 99:",
+        "unit/test_checkpoint.py::test_another_run_is_refused_key_by_key",
+    ),
+    # ------------------------------------------------------------ data
+    Mutant(
+        "stop token not trained",
+        "data/chat.py",
+        "is_response[first:last] = True",
+        "is_response[first : last - 1] = True",
+        f"{CHAT}::test_every_answer_is_trained_through_its_stop_token",
+    ),
+    Mutant(
+        "newline after the stop token trained",
+        "data/chat.py",
+        "is_response[first:last] = True",
+        "is_response[first : last + 1] = True",
+        f"{CHAT}::test_newline_after_the_stop_token_is_not_trained",
+    ),
+    Mutant(
+        "forged control tokens let through",
+        "data/chat.py",
+        "if found := self._control.search(message.content):",
+        "if (found := self._control.search(message.content)) and not found:",
+        f"{CHAT}::test_forged_control_token_is_refused_and_named",
+    ),
+    Mutant(
+        "line numbers count from 0",
+        "data/sources.py",
+        "yield RawRow(Origin(str(file), line), text)",
+        "yield RawRow(Origin(str(file), line - 1), text)",
+        "unit/test_sources.py::test_lines_are_those_of_the_file",
+    ),
+    Mutant(
+        "too long rows kept",
+        "data/store.py",
+        "len(result.input_ids) > chunk.max_tokens:",
+        "len(result.input_ids) > 10**9:",
+        f"{STORE}::test_dropped_rows_are_counted_by_cause",
+    ),
+    Mutant(
+        "too long rows dropped where they are an error",
+        "data/store.py",
+        'if num_too_long and plan.too_long == "error":',
+        'if num_too_long and plan.too_long == "refuse":',
+        f"{STORE}::test_too_long_rows_can_be_an_error_with_line_length_and_limit",
+    ),
+    Mutant(
+        "store reused for changed data",
+        "data/sources.py",
+        'f"{file.suffix} {_hash_file(file)}\\n"',
+        'f"{file.suffix} {file.stat().st_size}\\n"',
+        f"{STORE}::test_whatever_changes_tokens_changes_the_fingerprint",
+    ),
+    Mutant(
+        "store committed before it is written",
+        "data/store.py",
+        "            temporary.mkdir()\n",
+        "            temporary.mkdir()\n            (temporary / COMMITTED).write_text('{}')\n",
+        f"{STORE}::test_killed_preparation_leaves_no_store_and_no_processes_and_the_next_one_is_whole[1]",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a bug. problem: "" when it was caught, else why it was not."""
+
+    mutant: Mutant
+    caught_by: str
+    problem: str
+    seconds: float
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    if not chosen:
+        print(
+            f"no bug has {' or '.join(map(repr, words))} in its name; there are: {', '.join(m.name for m in MUTANTS)}"
+        )
+        return 2
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+        pristine = Path(directory) / "pristine"
+        shutil.copytree(ROOT, pristine, ignore=NOT_COPIED)
+        problems = [problem for mutant in chosen if (problem := misfit(mutant, pristine))]
+        problems = problems or baseline_problems(chosen, pristine)
+        if problems:
+            print("\n".join(problems))
+            return 2
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            outcomes = list(pool.map(lambda mutant: judge(mutant, pristine), chosen))
+    missed = [outcome for outcome in outcomes if outcome.problem]
+    print_table(outcomes)
+    print(f"{len(outcomes) - len(missed)} caught, {len(missed)} survived, {time.monotonic() - started:.0f} s")
+    return 1 if missed else 0
+
+
+def misfit(mutant: Mutant, pristine: Path) -> str:
+    """Why the bug cannot be planted, "" if it can."""
+    count = (pristine / "sft_dist" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+    where = f"sft_dist/{mutant.file} holds {mutant.old!r} {count} times"
+    return "" if count == 1 else f"{mutant.name}: {where}; expected once: adapt it to the code as it is"
+
+
+def baseline_problems(chosen: Sequence[Mutant], pristine: Path) -> list[str]:
+    """Why failing tests would prove nothing: the copy is not what runs, or the tests fail without any bug."""
+    script = "import sft_dist, tests; print(sft_dist.__file__, tests.__file__)"
+    imported = subprocess.run(
+        [sys.executable, "-c", script], cwd=pristine, env=environment(pristine), capture_output=True, text=True
+    )
+    expected = f"{pristine}/sft_dist/__init__.py {pristine}/tests/__init__.py"
+    if imported.stdout.strip() != expected:
+        return [f"the copy is not what is imported: {imported.stdout}{imported.stderr}; expected {expected}"]
+    selections = sorted({mutant.tests for mutant in chosen})
+    slow = [tests for tests in selections if tests.startswith("numerics/")]
+    halves = [half for half in (slow, [tests for tests in selections if tests not in slow]) if half]
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        runs = list(pool.map(lambda half: run_tests(pristine, half, time_limit_s=BASELINE_TIME_LIMIT_S), halves))
+    return [f"without any bug, exit code {code}:\n{output[-6000:]}" for code, output in runs if code != 0]
+
+
+def judge(mutant: Mutant, pristine: Path) -> Outcome:
+    """Plant one bug in a copy of its own and run its tests."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-", dir=pristine.parent) as directory:
+        copy = Path(directory) / "project"
+        shutil.copytree(pristine, copy, ignore=NOT_COPIED)
+        file = copy / "sft_dist" / mutant.file
+        file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+        code, output = run_tests(copy, [mutant.tests], time_limit_s=TIME_LIMIT_S)
+    outcome = Outcome(mutant, *verdict(code, output), time.monotonic() - started)
+    print(f"{outcome.seconds:5.0f} s  {mutant.name}: {outcome.problem or 'caught'}", flush=True)
+    return outcome
+
+
+def verdict(code: int | None, output: str) -> tuple[str, str]:
+    """(test that failed, "") for pytest's exit code 1, else ("", why the bug is not caught). code: None for no end."""
+    if code == 0:
+        return "", "SURVIVED"
+    broken, failed = BROKEN.search(output), FAILED.search(output)
+    if code == 1 and failed and not broken:
+        return failed.group(1), ""
+    tail = "\n".join(output.splitlines()[-15:])
+    if code is None:
+        return "", f"NO VERDICT, its tests did not end within {TIME_LIMIT_S} s:\n{tail}"
+    return "", f"NO VERDICT, pytest's exit code was {code}{': ' + broken.group() if broken else ''}:\n{tail}"
+
+
+def run_tests(project: Path, selections: Sequence[str], *, time_limit_s: float) -> tuple[int | None, str]:
+    """pytest's exit code, None when it ran over the limit, and its output."""
+    scratch = tempfile.mkdtemp(dir=project.parent)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={scratch}/tests"]
+    pytest = subprocess.Popen(
+        [*command, *(f"tests/{selection}" for selection in selections)],
+        cwd=project,
+        env=environment(project),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = pytest.communicate(timeout=time_limit_s)
+        return pytest.returncode, output
+    except subprocess.TimeoutExpired:
+        return None, ""
+    finally:
+        # The ranks that a test started are in its session; a test that was cut off leaves them behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pytest.pid, signal.SIGKILL)
+        pytest.wait()
+
+
+def environment(project: Path) -> dict[str, str]:
+    """PYTHONPATH goes before site-packages, where an editable install points at the project that was copied."""
+    return os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def print_table(outcomes: Sequence[Outcome]) -> None:
+    names = max(len(outcome.mutant.name) for outcome in outcomes)
+    files = max(len(outcome.mutant.file) for outcome in outcomes)
+    print()
+    for outcome in outcomes:
+        caught_by = outcome.caught_by.removeprefix("tests/") or outcome.problem.splitlines()[0]
+        print(f"{outcome.mutant.name:{names}}  {outcome.mutant.file:{files}}  {outcome.seconds:4.0f} s  {caught_by}")
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
