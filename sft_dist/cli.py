@@ -13,7 +13,7 @@ from sft_dist.errors import SftDistError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; errors meant for the user become one line each on stderr and an exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     verb: Callable[[argparse.Namespace], int] = arguments.verb
     try:
@@ -27,6 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand before, between and behind flags, which argparse alone refuses."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,13 +121,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
     recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
-    from rich.console import Console
 
+    from sft_dist.console import make_console
     from sft_dist.engine.collectives import leave_process_group
     from sft_dist.train import run
 
     try:
-        result = run(recipe, console=Console(), resume=not arguments.no_resume, profile=arguments.profile)
+        result = run(recipe, console=make_console(), resume=not arguments.no_resume, profile=arguments.profile)
     finally:
         leave_process_group()
     if os.environ.get("RANK", "0") == "0":
@@ -128,14 +139,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from sft_dist.config import load_recipe
+    from sft_dist.console import make_console
     from sft_dist.data.inspect import summary
     from sft_dist.data.prepare import open_or_prepare
 
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
-    console = Console()
+    console = make_console()
     for name, sources in (("train", recipe.data.train), ("held out", recipe.data.held_out)):
         if sources:
             console.print(f"[bold]{name}[/bold]")
@@ -144,9 +154,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from sft_dist.config import load_recipe
+    from sft_dist.console import make_console
     from sft_dist.data.inspect import show_example, summary
     from sft_dist.data.prepare import open_or_prepare
     from sft_dist.errors import ConfigError
@@ -155,7 +164,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     sources = recipe.data.held_out if arguments.held_out else recipe.data.train
     if not sources:
         raise ConfigError("data.held_out is empty: there is nothing held out to inspect")
-    console = Console()
+    console = make_console()
     store = open_or_prepare(recipe, sources, console=console)
     for index in arguments.example if arguments.example is not None else range(min(3, len(store))):
         if not 0 <= index < len(store):

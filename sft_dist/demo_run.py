@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sft_dist import package_files
 from sft_dist.config import Recipe, load_recipe
+from sft_dist.console import make_console
 from sft_dist.data.sources import Message
 from sft_dist.demo import (
     NUM_HELD_OUT,
@@ -45,7 +46,7 @@ def run_demo(directory: Path, *, steps: int | None = None) -> int:
     Raises ConfigError when `directory` holds something that is not a demo.
     """
     quiet_libraries()
-    console = Console()
+    console = make_console()
     started = time.perf_counter()
     _make_room(directory)
     console.rule("1/4  data, tokenizer and model, all from scratch")

@@ -72,4 +72,5 @@ class Answerer:
 
     def _until_stop(self, ids: list[int], stops: set[int]) -> str:
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        return self.tokenizer.decode(ids[:end])
+        # A control token inside an answer is a slip of the model; shown as text, it could not be sent back to it.
+        return self.tokenizer.decode([token for token in ids[:end] if token not in self.tokenizer.special_ids])

@@ -101,6 +101,11 @@ def test_the_schema_describes_every_section() -> None:
     assert schema["additionalProperties"] is False
 
 
+def test_the_schema_file_is_the_schema() -> None:
+    """Editors read configs/recipe.schema.json; `sft-dist config --schema > configs/recipe.schema.json` renews it."""
+    assert package_files.find("recipe.schema.json").read_text() == recipe_schema() + "\n"
+
+
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine.startswith("zero")])
 def test_every_zero_engine_has_its_file_of_knobs(engine: str) -> None:
     knobs = read_zero_knobs(package_files.find(f"deepspeed/{engine}.json"), engine=engine)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors config package_files quiet world
+errors config console package_files quiet world
 demo
 data.sources data.chat data.store data.prepare data.inspect data.schedule
 -- torch below this line

@@ -1,0 +1,78 @@
+"""Verbs that show things."""
+
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sft_dist import cli
+from tests import tiny
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tied_model: Path) -> Path:
+    tiny.write_chats(tmp_path / "train.jsonl", num_examples=12, seed=0, longest=40)
+    raw = {
+        "run": {"name": "r", "dir": str(tmp_path / "runs")},
+        "model": {"path": str(tied_model)},
+        "data": {"train": str(tmp_path / "train.jsonl")},
+        "batch": {"examples": 4},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 1},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_config_prints_the_resolved_recipe(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = yaml.safe_load(said(capsys, "config", str(recipe), "optim.lr=0.5"))
+    assert resolved["optim"]["lr"] == 0.5
+    assert resolved["loss"] == "example_mean"
+    assert "qwen3-8b" in said(capsys, "config", "--list")
+    assert yaml.safe_load(said(capsys, "config", "qwen3-8b"))["train"]["engine"] == "zero3"
+    assert '"additionalProperties": false' in said(capsys, "config", "--schema")
+
+
+def test_inspect_marks_what_is_trained(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "inspect", str(recipe), "--example", "1")
+    assert out.count("⟦") == out.count("⟧") == 1
+    assert "<|e|>⟧" in out, "the stop token is trained"
+    assert "example 1" in out
+    assert cli.main(["inspect", str(recipe), "--example", "12"]) == 2
+    assert "the store holds examples 0 to 11" in capsys.readouterr().err
+
+
+def test_overrides_may_follow_flags(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "inspect", str(recipe), "--example", "0", "data.max_tokens=41")
+    assert "example 0" in out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["inspect", str(recipe), "--example", "0", "surplus"])
+
+
+def test_generate_answers_from_an_export(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said(capsys, "train", str(recipe))
+    model_dir = str(tmp_path / "runs" / "r" / "model")
+    first = said(capsys, "generate", model_dir, "--prompt", "abc", "--max-new-tokens", "5")
+    assert set(first) <= set("abcdefghijklmnopqrstuvwxyz ?\n"), "no control tokens in an answer"
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\nd\n"))
+    answers = said(capsys, "generate", model_dir, "--max-new-tokens", "5").splitlines()
+    assert answers[0].removeprefix("> ") == first.rstrip("\n"), "a chat's first turn is the single answer"
+    assert len(answers) == 3, "two answers and the prompt that met the end of input"
+    assert cli.main(["generate", str(tmp_path)]) == 2
+    assert "no model here" in capsys.readouterr().err
+
+
+def test_wandb_never_stops_a_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Offline it writes its files; without a key it is said once and the run goes on."""
+    out = said(capsys, "train", str(recipe), "wandb={project: p, mode: offline}")
+    assert "done: step 1" in out
+    assert list((tmp_path / "runs" / "r" / "wandb").glob("offline-run-*"))
