@@ -99,7 +99,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(command: Sequence[str], *, world_size: int, timeout_s: float, cwd: Path | None = None) -> str:
+def run_ranks(command: Sequence[str], *, world_size: int, timeout_s: float, **environ: str) -> str:
     """Run the command once per rank and return rank 0's output. Raises AssertionError with all output on failure."""
     root = Path(__file__).resolve().parent.parent
     shared = os.environ | {
@@ -109,6 +109,7 @@ def run_ranks(command: Sequence[str], *, world_size: int, timeout_s: float, cwd:
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(root),
+        **environ,
     }
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world_size)]
@@ -116,7 +117,6 @@ def run_ranks(command: Sequence[str], *, world_size: int, timeout_s: float, cwd:
             subprocess.Popen(
                 [sys.executable, *command],
                 env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=cwd,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -74,21 +74,15 @@ def difference(lab: Lab, case: Case) -> Row:
 
 
 @pytest.fixture(scope="module")
-def table(capsys_module: None) -> Iterator[dict[str, Row]]:
-    """Filled by the tests and printed at their end."""
+def table(request: pytest.FixtureRequest) -> Iterator[dict[str, Row]]:
+    """Filled by the tests, and printed at their end past pytest's capture, which would show it to nobody."""
     rows: dict[str, Row] = {}
     yield rows
-    print(f"\n{'largest difference to one process':60} {'loss':>9} {'grad norm':>9} {'weights':>9}")
-    for name, (loss, norm, weight) in rows.items():
-        print(f"{name:60} {loss:9.1e} {norm:9.1e} {weight:9.1e}")
-
-
-@pytest.fixture(scope="module")
-def capsys_module(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let the table through: pytest shows captured output of passing tests to nobody."""
-    yield
     capture = request.config.pluginmanager.getplugin("capturemanager")
-    capture.suspend_global_capture(in_=False)
+    with capture.global_and_fixture_disabled():
+        print(f"\n{'largest difference to one process':64} {'loss':>9} {'grad norm':>9} {'weights':>9}")
+        for name, (loss, norm, weight) in rows.items():
+            print(f"{name:64} {loss:9.1e} {norm:9.1e} {weight:9.1e}")
 
 
 @pytest.mark.parametrize("case", CURVES, ids=lambda case: case.run_name)
