@@ -17,17 +17,15 @@ from sft_dist import package_files
 from sft_dist.config import Recipe, load_recipe
 from sft_dist.console import make_console
 from sft_dist.data.sources import Message
-from sft_dist.demo import (
+from sft_dist.demo.dataset import (
     NUM_HELD_OUT,
-    NUM_TOKENIZER_EXAMPLES,
     NUM_TRAIN,
     DemoFiles,
-    build_model,
-    build_tokenizer,
     example_texts,
     generate_examples,
     write_demo_data,
 )
+from sft_dist.demo.model import NUM_TOKENIZER_EXAMPLES, build_model, build_tokenizer
 from sft_dist.errors import ConfigError
 from sft_dist.generate import Answerer, Sampling
 from sft_dist.metrics import read_held_out, read_steps

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sft_dist"
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
 errors config console package_files quiet world
-demo
+demo.formulas demo.templates demo.dataset demo.model
 data.sources data.chat data.store data.prepare data.inspect data.schedule
 -- torch below this line
 data.batch

@@ -1,133 +1,30 @@
-"""The demo: generated clinical training data, and a tokenizer and a model small enough for two CPU cores.
+"""Six shapes of question, with answers that follow from the prompt by a formula, a threshold or by copying.
 
-Six templates, one per shape of answer that fine-tuning data takes. Every answer follows from the
-prompt by a published formula, a published threshold or by copying, so a held-out answer can be
-worked out but not remembered: no values of a held-out example occur in training.
-
-The data is for demonstration. Nothing here is medical advice.
+A held-out answer can be worked out but not remembered: no values of a held-out example occur in training.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
-from math import log10, sqrt
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import xxhash
+from sft_dist.demo.formulas import (
+    Sex,
+    anion_gap,
+    arterial_ph,
+    body_mass_index,
+    corrected_calcium,
+    corrected_qt,
+    corrected_sodium,
+    creatinine_clearance,
+    expected_paco2,
+    fractional_sodium_excretion,
+    glomerular_filtration_rate,
+    mean_arterial_pressure,
+    rounded,
+)
 
-from sft_dist.errors import ConfigError
-
-Sex = Literal["male", "female"]
-Split = Literal["train", "held_out"]
 Value = str | int | float
-
-HELD_OUT_SHARE = 8  # one value tuple in eight belongs to the held-out set
-
-# The sizes that configs/recipes/demo.yaml was tuned for.
-NUM_TRAIN = 24_000
-NUM_HELD_OUT = 300
-NUM_TOKENIZER_EXAMPLES = 3_000
-VOCAB_SIZE = 1_024
-
-
-# ---- formulas -----------------------------------------------------------------------------------
-
-
-def body_mass_index(weight_kg: float, height_cm: float) -> float:
-    """Body mass index in kg/m^2. Source: Keys et al., J Chronic Dis 1972;25:329-343."""
-    return weight_kg / (height_cm / 100) ** 2
-
-
-def creatinine_clearance(age_years: int, weight_kg: float, creatinine_mg_dl: float, sex: Sex) -> float:
-    """Creatinine clearance in mL/min. Source: Cockcroft and Gault, Nephron 1976;16:31-41."""
-    male = (140 - age_years) * weight_kg / (72 * creatinine_mg_dl)
-    return male * 0.85 if sex == "female" else male
-
-
-def glomerular_filtration_rate(age_years: int, creatinine_mg_dl: float, sex: Sex) -> float:
-    """Estimated GFR in mL/min/1.73 m^2, CKD-EPI 2021 (without race).
-
-    Source: Inker et al., N Engl J Med 2021;385:1737-1749.
-    """
-    kappa, alpha, factor = (0.7, -0.241, 1.012) if sex == "female" else (0.9, -0.302, 1.0)
-    ratio = creatinine_mg_dl / kappa
-    return float(142 * min(ratio, 1) ** alpha * max(ratio, 1) ** -1.2 * 0.9938**age_years * factor)
-
-
-def mean_arterial_pressure(systolic_mmhg: float, diastolic_mmhg: float) -> float:
-    """Mean arterial pressure in mmHg: diastolic plus a third of the pulse pressure.
-
-    Source: Sesso et al., Hypertension 2000;36:801-807.
-    """
-    return diastolic_mmhg + (systolic_mmhg - diastolic_mmhg) / 3
-
-
-def anion_gap(sodium: float, chloride: float, bicarbonate: float) -> float:
-    """Serum anion gap in mEq/L, without potassium; all in mEq/L.
-
-    Source: Emmett and Narins, Medicine (Baltimore) 1977;56:38-54.
-    """
-    return sodium - (chloride + bicarbonate)
-
-
-def corrected_calcium(calcium_mg_dl: float, albumin_g_dl: float) -> float:
-    """Calcium in mg/dL at an albumin of 4 g/dL, with the slope of 0.8 in common use.
-
-    Source: Payne et al., Br Med J 1973;4:643-646, whose own regression had a slope of 1.
-    """
-    return calcium_mg_dl + 0.8 * (4.0 - albumin_g_dl)
-
-
-def corrected_sodium(sodium: float, glucose_mg_dl: float) -> float:
-    """Sodium in mEq/L at a glucose of 100 mg/dL: 1.6 per 100 mg/dL.
-
-    Source: Katz, N Engl J Med 1973;289:843-844.
-    """
-    return sodium + 1.6 * (glucose_mg_dl - 100) / 100
-
-
-def fractional_sodium_excretion(
-    urine_sodium: float, plasma_sodium: float, urine_creatinine: float, plasma_creatinine: float
-) -> float:
-    """Fractional excretion of sodium in percent; sodium in mEq/L, creatinine in mg/dL.
-
-    Source: Espinel, JAMA 1976;236:579-581.
-    """
-    return 100 * urine_sodium * plasma_creatinine / (plasma_sodium * urine_creatinine)
-
-
-def corrected_qt(qt_ms: float, heart_rate: float) -> float:
-    """QT interval in ms at 60 beats/min. Source: Bazett, Heart 1920;7:353-370."""
-    return qt_ms / sqrt(60 / heart_rate)
-
-
-def expected_paco2(bicarbonate: float) -> float:
-    """Centre of the expected PaCO2 (+/- 2 mmHg) in metabolic acidosis.
-
-    Source: Albert, Dell and Winters, Ann Intern Med 1967;66:312-322.
-    """
-    return 1.5 * bicarbonate + 8
-
-
-def arterial_ph(bicarbonate: float, paco2_mmhg: float) -> float:
-    """pH of blood by the Henderson-Hasselbalch equation, bicarbonate in mEq/L.
-
-    Source: Hasselbalch, Biochem Z 1917;78:112-144.
-    """
-    return 6.1 + log10(bicarbonate / (0.03 * paco2_mmhg))
-
-
-def rounded(value: float, decimals: int = 0) -> str:
-    """The value with this many decimals, halves away from zero, as clinicians round."""
-    # Nine decimals first: 2.675 is stored as 2.67499..., and would lose its half.
-    exact = Decimal(repr(round(value, 9)))
-    return str(exact.quantize(Decimal(1).scaleb(-decimals), rounding=ROUND_HALF_UP))
-
-
-# ---- what the templates draw from ----------------------------------------------------------------
 
 
 class Draft(NamedTuple):
@@ -572,9 +469,6 @@ def _step_by_step(rng: random.Random) -> Draft:
     return rng.choice((_gap_steps, _perfusion_steps, _correction_steps))(rng)
 
 
-# ---- the data set --------------------------------------------------------------------------------
-
-
 class Template(NamedTuple):
     system: str
     draft: Callable[[random.Random], Draft]
@@ -590,210 +484,3 @@ TEMPLATES: dict[str, Template] = {
         "You are a clinical tutor and reply in three steps, the last one the conclusion.", _step_by_step
     ),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class DemoExample:
-    """One generated example. `values` fix the answer and decide which split the example belongs to."""
-
-    template: str
-    system: str
-    user: str
-    answer: str
-    values: tuple[Value, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DemoFiles:
-    """Where a data set was written: training files, one per format, and the held-out file."""
-
-    train: tuple[Path, ...]
-    held_out: Path
-
-
-def split_of(template: str, values: tuple[Value, ...]) -> Split:
-    """The split that owns these values: the same in every process, for every seed and size."""
-    digest = xxhash.xxh3_64_intdigest(json.dumps([template, *values]).encode())
-    return "held_out" if digest % HELD_OUT_SHARE == 0 else "train"
-
-
-def generate_examples(num_examples: int, seed: int, split: Split) -> Iterator[DemoExample]:
-    """Yield examples of one split, the six templates in turn. The same arguments give the same examples everywhere."""
-    rng = random.Random(f"sft_dist demo {split} {seed}")  # a str seed is hashed by SHA-512, not by hash()
-    names = list(TEMPLATES)
-    for index in range(num_examples):
-        name = names[index % len(names)]
-        system, draft = TEMPLATES[name]
-        while split_of(name, (drawn := draft(rng)).values) != split:
-            pass
-        yield DemoExample(name, system, drawn.user, drawn.answer, drawn.values)
-
-
-def write_demo_data(directory: Path, *, num_train: int, num_held_out: int, seed: int) -> DemoFiles:
-    """Write a third of the training set in each row format, and the held-out set as messages.
-
-    Held-out rows carry a `template` key for `scoring.score_by_template`.
-    Raises ConfigError for a count that leaves a file empty.
-    """
-    if num_train < len(ROW_FORMATS) or num_held_out < 1:
-        raise ConfigError(
-            f"num_train={num_train}, num_held_out={num_held_out} would leave a demo file empty; "
-            f"ask for at least {len(ROW_FORMATS)} and 1"
-        )
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    examples = generate_examples(num_train, seed, "train")
-    paths = []
-    for index, (suffix, to_row) in enumerate(ROW_FORMATS.items()):
-        # Consecutive blocks, not every third: a stride of three would tie formats to templates.
-        size = num_train * (index + 1) // len(ROW_FORMATS) - num_train * index // len(ROW_FORMATS)
-        paths.append(directory / f"train.{suffix}.jsonl")
-        _write_rows(paths[-1], (to_row(next(examples)) for _ in range(size)))
-    held_out = directory / "held_out.jsonl"
-    _write_rows(
-        held_out,
-        ({**messages_row(e), "template": e.template} for e in generate_examples(num_held_out, seed, "held_out")),
-    )
-    return DemoFiles(tuple(paths), held_out)
-
-
-def messages_row(example: DemoExample) -> dict[str, object]:
-    """The example as a list of messages."""
-    turns = (("system", example.system), ("user", example.user), ("assistant", example.answer))
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-def alpaca_row(example: DemoExample) -> dict[str, object]:
-    """The example as instruction, input and output; the system sentence is the instruction."""
-    return {"instruction": example.system, "input": example.user, "output": example.answer}
-
-
-def sharegpt_row(example: DemoExample) -> dict[str, object]:
-    """The example as a ShareGPT conversation."""
-    turns = (("system", example.system), ("human", example.user), ("gpt", example.answer))
-    return {"conversations": [{"from": speaker, "value": content} for speaker, content in turns]}
-
-
-ROW_FORMATS: dict[str, Callable[[DemoExample], dict[str, object]]] = {
-    "messages": messages_row,
-    "alpaca": alpaca_row,
-    "sharegpt": sharegpt_row,
-}
-
-
-def _write_rows(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-# ---- tokenizer and model -------------------------------------------------------------------------
-
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def example_texts(examples: Iterable[DemoExample]) -> Iterator[str]:
-    """What a tokenizer for these examples is trained on: every part of every example."""
-    for example in examples:
-        yield from ("system\n" + example.system, "user\n" + example.user, "assistant\n" + example.answer)
-
-
-def build_tokenizer(texts: Iterable[str], directory: Path, *, vocab_size: int = VOCAB_SIZE) -> Path:
-    """Train a byte-level BPE tokenizer with ChatML markers and save it as `AutoTokenizer.from_pretrained` reads it.
-
-    Every digit is its own token, so that numbers are spelt alike wherever they occur.
-    Raises ConfigError when vocab_size cannot hold the 256 bytes and the special tokens.
-    """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(
-            f"vocab_size={vocab_size} cannot hold 256 bytes and {len(SPECIAL_TOKENS)} special tokens; "
-            f"use {MIN_VOCAB_SIZE} or more"
-        )
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(directory)
-    return Path(directory)
-
-
-def build_model(
-    tokenizer_dir: Path,
-    directory: Path,
-    *,
-    hidden_size: int = 128,
-    intermediate_size: int = 256,
-    num_layers: int = 2,
-    num_heads: int = 8,
-    num_kv_heads: int = 8,
-    max_tokens: int = 512,
-    initializer_range: float = 0.08,
-    seed: int = 0,
-) -> Path:
-    """Save a randomly initialised Qwen2 model in fp32 for this tokenizer, with tied embeddings.
-
-    Raises ConfigError when the heads do not divide the hidden size.
-    """
-    if hidden_size % num_heads or num_heads % num_kv_heads:
-        raise ConfigError(
-            f"hidden_size={hidden_size}, num_heads={num_heads}, num_kv_heads={num_kv_heads}: "
-            "heads must divide the hidden size, and key-value heads the heads"
-        )
-    import torch
-    from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        max_position_embeddings=max_tokens,
-        initializer_range=initializer_range,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
-    )
-    model.save_pretrained(directory)
-    # safetensors writes 0600 whatever the umask; the weights get the permissions of the other files.
-    weights = Path(directory, "model.safetensors")
-    weights.chmod(Path(directory, "config.json").stat().st_mode)
-    if Path(directory).resolve() != Path(tokenizer_dir).resolve():
-        tokenizer.save_pretrained(directory)
-    return Path(directory)
