@@ -28,6 +28,7 @@ NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "demo", "runs", "build"
 SIDE_BY_SIDE = 2
 TIME_LIMIT_S = 180
 BASELINE_TIME_LIMIT_S = 600
+SURVIVED = "SURVIVED"
 # Errors of a replacement that does not fit its surroundings, not of a trainer that is wrong.
 BROKEN = re.compile(
     r"^(?:E\s+)?(?:SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError|UnboundLocalError): .*", re.M
@@ -36,12 +37,8 @@ BROKEN = re.compile(
 FAILED = re.compile(r"^FAILED (\S+::\S+)", re.M)
 
 BATCH, CHAT, STORE = "unit/test_batch.py", "unit/test_chat.py", "unit/test_store.py"
-LOSS, ATTENTION, SCHEDULE, RATES = (
-    "unit/test_loss.py",
-    "unit/test_attention.py",
-    "unit/test_schedule.py",
-    "unit/test_world.py",
-)
+LOSS, ATTENTION = "unit/test_loss.py", "unit/test_attention.py"
+SCHEDULE, RATES = "unit/test_schedule.py", "unit/test_world.py"
 CURVE, RESUME = "numerics/test_curve.py", "numerics/test_resume.py"
 SHIFT = f"{BATCH}::test_a_trained_token_is_predicted_from_the_position_before_it"
 REFERENCE = f"{CURVE}::test_a_single_process_draws_the_reference_curve[single-packs-example_mean-r103-w1]"
@@ -183,6 +180,13 @@ MUTANTS = [
         "if self.world.size > 1:",
         "if self.world.size > 99:",
         f"{LAYOUT}[ddp-packs-example_mean-r103-w2]",
+    ),
+    Mutant(
+        "bf16 weights updated without an fp32 master",
+        "engine/local.py",
+        "if weight.dtype == torch.float32:",
+        "if weight.is_floating_point():",
+        "numerics/test_bf16.py::test_layouts_spread_a_bf16_curve_at_most_twice_as_much_as_orders_do",
     ),
     Mutant(
         "clipping ignored",
@@ -344,6 +348,68 @@ MUTANTS = [
         "            temporary.mkdir()\n            (temporary / COMMITTED).write_text('{}')\n",
         f"{STORE}::test_killed_preparation_leaves_no_store_and_no_processes_and_the_next_one_is_whole[1]",
     ),
+    Mutant(
+        "a rank without an example runs nothing",
+        "data/batch.py",
+        "for m, row in enumerate(batch.micro_steps)\n",
+        "for m, row in enumerate(batch.micro_steps) if row[rank]\n",
+        f"{BATCH}::test_a_rank_without_an_example_runs_a_filler",
+    ),
+    Mutant(
+        "bf16 gradients accumulated in bf16",
+        "engine/local.py",
+        "of.grad.float() if master.grad is None else master.grad.add_(of.grad)",
+        "of.grad.float() if master.grad is None else (master.grad + of.grad).bfloat16().float()",
+        "unit/test_local_engine.py::test_bf16_gradients_are_summed_in_fp32_over_micro_batches",
+    ),
+    Mutant(
+        "update with a gradient that is not finite",
+        "engine/local.py",
+        "applied = bool(torch.isfinite(norm))",
+        "applied = True",
+        "unit/test_local_engine.py::test_a_step_whose_gradient_is_not_finite_is_withheld",
+    ),
+    Mutant(
+        "evaluation mode left on",
+        "evaluate.py",
+        "model.train(was_training)",
+        "pass",
+        "unit/test_local_engine.py::test_evaluating_puts_training_mode_back",
+    ),
+    Mutant(
+        "old checkpoints deleted before the new one is whole",
+        "checkpoint.py",
+        "        writing.mkdir(parents=True)\n",
+        "        writing.mkdir(parents=True)\n"
+        "        for old in committed(directory)[: 1 - keep or None]:\n"
+        "            shutil.rmtree(old)\n",
+        "unit/test_checkpoint.py::test_a_failed_write_leaves_the_only_one",
+    ),
+    Mutant(
+        "checkpoint committed before its manifest",
+        "checkpoint.py",
+        "        _seal(writing, state)\n"
+        "        writing.rename(final)\n"
+        '        _write_durably(final / "COMMITTED", f"{FORMAT_VERSION}\\n")\n',
+        "        writing.rename(final)\n"
+        '        _write_durably(final / "COMMITTED", f"{FORMAT_VERSION}\\n")\n'
+        "        _seal(final, state)\n",
+        "unit/test_checkpoint.py::test_a_crash_at_any_moment_leaves_whole_checkpoints",
+    ),
+    Mutant(
+        "store committed before it is flushed",
+        "data/store.py",
+        '    for file in [*files, temporary / "tokenizer", temporary]:\n',
+        "    for file in [temporary]:\n",
+        f"{STORE}::test_everything_is_flushed_before_the_commit",
+    ),
+    Mutant(
+        "ZeRO adds bf16 gradients up in bf16",
+        "engine/zero.py",
+        '"data_types": {"grad_accum_dtype": "fp32"},',
+        '"data_types": {"grad_accum_dtype": "bf16"},',
+        "numerics/test_bf16.py::test_zero_adds_bf16_gradients_up_in_fp32[zero2-packs-example_mean-r103-accumulates-bf16-w2]",
+    ),
 ]
 
 
@@ -376,10 +442,13 @@ def main() -> int:
             return 2
         with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
             outcomes = list(pool.map(lambda mutant: judge(mutant, pristine), chosen))
-    missed = [outcome for outcome in outcomes if outcome.problem]
     print_table(outcomes)
-    print(f"{len(outcomes) - len(missed)} caught, {len(missed)} survived, {time.monotonic() - started:.0f} s")
-    return 1 if missed else 0
+    num_caught = sum(not outcome.problem for outcome in outcomes)
+    num_survived = sum(outcome.problem == SURVIVED for outcome in outcomes)
+    num_open = len(outcomes) - num_caught - num_survived
+    without_verdict = f", {num_open} without a verdict" if num_open else ""
+    print(f"{num_caught} caught, {num_survived} survived{without_verdict}, {time.monotonic() - started:.0f} s")
+    return 0 if num_caught == len(outcomes) else 1
 
 
 def misfit(mutant: Mutant, pristine: Path) -> str:
@@ -423,7 +492,7 @@ def judge(mutant: Mutant, pristine: Path) -> Outcome:
 def verdict(code: int | None, output: str) -> tuple[str, str]:
     """(test that failed, "") for pytest's exit code 1, else ("", why the bug is not caught). code: None for no end."""
     if code == 0:
-        return "", "SURVIVED"
+        return "", SURVIVED
     broken, failed = BROKEN.search(output), FAILED.search(output)
     if code == 1 and failed and not broken:
         return failed.group(1), ""

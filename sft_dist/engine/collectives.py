@@ -46,7 +46,7 @@ def join_process_group(world: World, device: torch.device, *, timeout_s: float, 
             "MASTER_PORT": "0",
         }.items():
             os.environ.setdefault(key, value)
-        store = dist.distributed_c10d.HashStore()  # type: ignore[attr-defined]
+        store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         device_id = device if device.type == "cuda" else None

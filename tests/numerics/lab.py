@@ -63,13 +63,17 @@ class Case:
         return replace(self, resumed_at=None, save_every=1)
 
     @property
+    def evaluated_alone(self) -> "Case":
+        return replace(self.single, eval_every=self.eval_every)
+
+    @property
     def unevaluated(self) -> "Case":
         return replace(self, eval_every=None)
 
     @property
     def needs(self) -> tuple["Case", ...]:
         others = [self.single] + [self.uninterrupted] * bool(self.resumed_at)
-        return (self, *others, *[self.unevaluated] * bool(self.eval_every))
+        return (self, *others, *[self.unevaluated, self.evaluated_alone] * bool(self.eval_every))
 
 
 @dataclass

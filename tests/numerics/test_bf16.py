@@ -1,5 +1,7 @@
 """bf16: layouts spread the curve no more than twice as much as another order of the same documents does."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -30,3 +32,14 @@ def test_layouts_spread_a_bf16_curve_at_most_twice_as_much_as_orders_do(case: Ca
     assert np.abs(lab.series(case, "loss") - lab.series(case.single, "loss")).max() < 0.02, (
         "and it is the fp32 curve, roughly"
     )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(engine, 2, dtype="bf16", checks=("accumulates",)) for engine in ("zero1", "zero2", "zero3")],
+    ids=lambda case: case.run_name,
+)
+def test_zero_adds_bf16_gradients_up_in_fp32(case: Case, lab: Lab) -> None:
+    """256 times a gradient, then 40 times 1: a bf16 sum stays at 256 times it, an fp32 sum reaches 296."""
+    once, summed = json.loads((lab.run_dir(case) / "norms.json").read_text())
+    assert summed / once == pytest.approx(296, rel=1e-4)

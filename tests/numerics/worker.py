@@ -8,6 +8,7 @@ Checks add instrumentation around the training loop:
     sharded    ZeRO-3: every parameter's local shard is 1/world of it, before and after training
     gradients  the summed gradient of step 1 is written to <run>/gradients.safetensors, and nothing is trained
     reversed   the documents of every pack in the opposite order; rotated: the last one first
+    accumulates  gradient norms of a micro-batch, and of 256 times it, then 40 times it, go to <run>/norms.json
     in_memory  the trained model's logits on a fixed input, computed by the engine, are written to <run>/logits.pt
 """
 
@@ -47,6 +48,9 @@ def reordered_batches(reorder: Any) -> Any:
 
 def checked_loop(checks: list[str]) -> Any:
     def loop(engine: Any, steps: Any, state: Any, **kwargs: Any) -> Any:
+        if "accumulates" in checks:
+            write_norms(engine, next(iter(steps)).micros[0], kwargs["recipe"].run.path)
+            return state
         if "gradients" in checks:
             write_gradients(engine, next(iter(steps)), kwargs["recipe"].run.path)
             return state
@@ -69,6 +73,17 @@ def assert_sharded(engine: Any) -> None:
         assert parameter.ds_tensor.numel() == expected, (
             f"{name}: shard of {parameter.ds_tensor.numel()}, 1/world is {expected}"
         )
+
+
+def write_norms(engine: Any, micro: Any, directory: Path) -> None:
+    norms = []
+    for scales in ([1], [256] + [1] * 40):
+        for index, scale in enumerate(scales):
+            with engine.accumulate(is_last=index == len(scales) - 1):
+                engine.backward(engine(micro) * scale)
+        norms.append(engine.step(lr=0.0).grad_norm)
+    if engine.world.is_main:
+        (directory / "norms.json").write_text(json.dumps(norms))
 
 
 def write_gradients(engine: Any, batch: Any, directory: Path) -> None:

@@ -85,3 +85,11 @@ def test_steps_are_built_one_ahead_in_order() -> None:
     steps = list(load_steps(ROWS, batches, rank=0, loss="token_mean", pack_tokens=16, device=torch.device("cpu")))
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [step.num_examples for step in steps] == [2, 1, 2, 1, 2, 1]
+
+
+def test_a_rank_without_an_example_runs_a_filler() -> None:
+    schedule = Schedule(ROWS.lengths, ROWS.num_responses, seed=0, examples=3, epochs=1)
+    (batch,) = global_batches(schedule, first_step=1, world_size=2, pack_tokens=None, cost=CostModel())
+    steps = [build_step(ROWS, batch, rank=rank, loss="example_mean", pack_tokens=None) for rank in range(2)]
+    assert [len(step.micros) for step in steps] == [2, 2], "ranks with unequal counts deadlock"
+    assert sorted(micro.is_filler for step in steps for micro in step.micros) == [False, False, False, True]

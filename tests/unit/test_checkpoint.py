@@ -1,6 +1,8 @@
 """Checkpoints are whole or do not exist."""
 
 import dataclasses
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,42 @@ def test_a_torn_last_line_is_ignored_and_repaired(tmp_path: Path) -> None:
     JsonlTracker(path).close()
     assert path.read_text().endswith("}\n")
     assert len(list(read_lines(path))) == 2
+
+
+def test_a_failed_write_leaves_the_only_one(tmp_path: Path) -> None:
+    commit(tmp_path, 1, keep=1)
+    with pytest.raises(CheckpointError, match="untouched"):
+        commit(tmp_path, 2, keep=1, fail=True)
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000001"]
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(tmp_path, 1)
+    calls, original = 0, os.fsync
+
+    def crash_at(limit: int) -> Callable[[int], None]:
+        def fsync(handle: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise Crash
+            original(handle)
+
+        return fsync
+
+    for limit in range(100):
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", crash_at(limit))
+            try:
+                commit(tmp_path, 2 + limit, keep=100)
+            except Crash:
+                pass
+            else:
+                break
+        assert all(checkpoint.read_state(path) for path in checkpoint.committed(tmp_path))
+    assert limit >= 4, "files, manifest, COMMITTED and directories are all flushed"

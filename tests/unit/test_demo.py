@@ -254,7 +254,7 @@ def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path: Path) -> 
     digests = []
     for hash_seed in ("1", "2"):
         directory = tmp_path / hash_seed
-        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(templates.__file__).parents[1])}
+        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(templates.__file__).parents[2])}
         subprocess.run([sys.executable, "-c", script, str(directory)], check=True, env=environment)
         digests.append({path.name: path.read_bytes() for path in directory.iterdir()})
     assert digests[0] == digests[1]

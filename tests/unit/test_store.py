@@ -387,3 +387,17 @@ def _hold(path: str, ready: Any, done: Any) -> None:
     with FileLock(path):
         ready.set()
         done.wait(60)
+
+
+def test_everything_is_flushed_before_the_commit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, original = set(), os.fsync
+
+    def fsync(handle: int) -> None:
+        if not list((tmp_path / "s").rglob("COMMITTED")):
+            flushed.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = make([write(tmp_path / "a.jsonl", chat("1", "one"))], model, tmp_path / "s")
+    assert {file.name for file in store.path.rglob("*") if file.name != "COMMITTED"} <= flushed
+    assert "COMMITTED.tmp" in flushed

@@ -1,0 +1,64 @@
+"""The engine of one process: fp32 sums, withheld updates, and a model that is as it was after evaluating."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_dist.config import ModelSection, OptimSection
+from sft_dist.engine.local import LocalEngine
+from sft_dist.evaluate import evaluating
+from sft_dist.model.attention import BACKENDS
+from sft_dist.model.load import load_model
+from sft_dist.optim import build_adamw
+from sft_dist.world import World
+from tests.unit.test_attention import documents, pack
+
+CPU = torch.device("cpu")
+
+
+def start(path: Path, dtype: torch.dtype) -> LocalEngine:
+    loaded = load_model(
+        ModelSection(path=str(path)), backend=BACKENDS["sdpa"], dtype=dtype, device=CPU, num_tokens=32,
+        added_token_ids=[],
+    )  # fmt: skip
+    return LocalEngine(
+        loaded, name="single", world=World(), device=CPU, max_grad_norm=1.0,
+        make_optimizer=functools.partial(build_adamw, optim=OptimSection(lr=1e-3)),
+    )  # fmt: skip
+
+
+def test_bf16_gradients_are_summed_in_fp32_over_micro_batches(tied_model: Path) -> None:
+    """600 equal micro-batches: a bf16 sum stops growing at 256 times the term, an fp32 sum does not."""
+    engine, micro = start(tied_model, torch.bfloat16), pack(documents(12, 20), 0, 1)
+    norms = []
+    for count in (1, 600):
+        for _ in range(count):
+            with engine.accumulate(is_last=False):
+                engine.backward(engine(micro))
+        norms.append(engine.step(lr=0.0).grad_norm)
+    # 600 fp32 additions round by 6e-8 each.
+    assert norms[1] / norms[0] == pytest.approx(600, rel=1e-4)
+
+
+def test_a_step_whose_gradient_is_not_finite_is_withheld(tied_model: Path) -> None:
+    engine, micro = start(tied_model, torch.float32), pack(documents(12, 20), 0, 1)
+    before = engine.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    engine.backward(engine(replace(micro, weights=micro.weights * torch.inf)))
+    result = engine.step(lr=1e-3)
+    assert not result.applied
+    assert all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
+    engine.backward(engine(micro))
+    assert engine.step(lr=1e-3).applied, "the gradient of the withheld step is gone"
+    assert not torch.equal(engine.state_dict()["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_evaluating_puts_training_mode_back(tied_model: Path) -> None:
+    trained = start(tied_model, torch.float32).model
+    with evaluating(trained):
+        assert not trained.training
+        assert not torch.is_grad_enabled()
+    assert all(module.training for module in trained.modules())
