@@ -2,18 +2,16 @@
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from sft_dist import __version__
 from sft_dist.job import Job
+from sft_dist.model.load import PackedModel
 from sft_dist.model.verify import Agreement
 
 
-def show_banner(console: Console, job: Job, *, model: PreTrainedModel, agreement: Agreement, done: int) -> None:
+def show_banner(console: Console, job: Job, *, model: PackedModel, agreement: Agreement, done: int) -> None:
     """Print run, model, engine, batch arithmetic and the check before step 1. done: steps of an earlier attempt."""
     recipe, schedule = job.recipe, job.schedule
-    # Under ZeRO-3 a parameter keeps its real size in ds_numel.
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     _, first_ids = schedule.example_ids(1)
     start = f"resumed after step {done}" if done else "from step 1"
     attention = f"{job.backend.name}{' (auto)' if recipe.model.attention == 'auto' else ''}"
@@ -22,7 +20,8 @@ def show_banner(console: Console, job: Job, *, model: PreTrainedModel, agreement
     packs = f"packs of up to {job.pack_tokens:,} tokens" if job.pack_tokens else "one example a micro-batch"
     lines = {
         f"sft_dist {__version__}": f"{recipe.run.path}, {start} to {schedule.num_steps}",
-        "model": f"{type(model).__name__}, {num_parameters / 1e6:,.2f} M parameters, {recipe.model.path}",
+        "model": f"{type(model.causal_lm).__name__}, {model.num_parameters / 1e6:,.2f} M parameters, "
+        f"{recipe.model.path}",
         "compute": f"{_name(job.dtype)} on {job.device.type}, fp32 master weights, attention {attention}, "
         f"checkpointing {recipe.model.checkpointing}",
         "engine": f"{job.engine_name} on {job.world.size} process{'es' * (job.world.size > 1)}",
@@ -43,7 +42,9 @@ def _name(dtype: object) -> str:
     return {"torch.float32": "fp32", "torch.bfloat16": "bf16"}[str(dtype)]
 
 
-def _dropout(model: PreTrainedModel) -> str:
+def _dropout(model: PackedModel) -> str:
     """The config's dropout rates above zero, as `key=rate`."""
-    rates = {key: value for key, value in model.config.to_dict().items() if key.endswith(("dropout", "_pdrop"))}
+    rates = {
+        key: value for key, value in model.causal_lm.config.to_dict().items() if key.endswith(("dropout", "_pdrop"))
+    }
     return ", ".join(f"{key}={value}" for key, value in rates.items() if value)

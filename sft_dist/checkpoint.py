@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 
 from sft_dist.config import Recipe
-from sft_dist.engine.collectives import any_rank, barrier
+from sft_dist.engine.collectives import barrier, on_main
 from sft_dist.engine.interface import Engine
 from sft_dist.errors import CheckpointError
 
@@ -40,13 +41,14 @@ class RunState:
         return replace(self, step=self.step + 1)
 
 
-def curve_of(recipe: Recipe, *, num_steps: int) -> dict[str, Any]:
+def curve_of(recipe: Recipe, *, num_steps: int, dtype: str) -> dict[str, Any]:
     """The recipe's values that decide the curve, by key. Launch, packing, engine and cadence are not among them."""
     dump = recipe.model_dump(mode="json")
     keys = {
         "run.seed": dump["run"]["seed"],
         "model.path": dump["model"]["path"],
         "model.revision": dump["model"]["revision"],
+        "model.dtype": dtype,
         "batch.examples": dump["batch"]["examples"],
         "batch.tokens": dump["batch"]["tokens"],
         "loss": dump["loss"],
@@ -59,43 +61,46 @@ def curve_of(recipe: Recipe, *, num_steps: int) -> dict[str, Any]:
 def commit(engine: Engine, state: RunState, directory: Path, *, keep: int) -> Path:
     """Write a checkpoint of every rank's state and make it the newest; then delete all but `keep`.
 
-    Raises CheckpointError on every rank when one of them could not write.
+    Raises CheckpointError when a rank could not write; the checkpoints before it are untouched.
     """
     final = directory / f"step-{state.step:08d}"
-    if is_committed(final):
-        return final
     writing = directory / f".{final.name}"
-    if engine.world.is_main:
-        for stale in directory.glob(".step-*"):
-            shutil.rmtree(stale)
-        if final.exists():  # a copy that was never committed
-            shutil.rmtree(final)
+
+    def make_room() -> None:
+        for stale in [*directory.glob(".step-*"), final]:
+            if stale.exists():
+                shutil.rmtree(stale)
         writing.mkdir(parents=True)
-    barrier(engine.device)
-    failure: OSError | None = None
-    try:
-        engine.save(writing)
-    except OSError as error:
-        failure = error
-    if any_rank(failure is not None, engine.device):
-        raise CheckpointError(
-            f"{writing}: could not be written: {failure or 'another rank failed'}; "
-            "the checkpoints before it are untouched"
-        )
-    if engine.world.is_main:
+
+    def seal_and_commit() -> None:
         _seal(writing, state)
         writing.rename(final)
         _write_durably(final / "COMMITTED", f"{FORMAT_VERSION}\n")
         _sync_directory(directory)
         for old in committed(directory)[:-keep]:
             shutil.rmtree(old)
-    barrier(engine.device)
+
+    try:
+        on_main(make_room, world=engine.world, device=engine.device)
+        engine.save(writing)
+        barrier(engine.device)
+        on_main(seal_and_commit, world=engine.world, device=engine.device)
+    # safetensors and torch have their own words for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{writing}: could not be written: {error}; the checkpoints before it are untouched"
+        ) from None
     return final
 
 
 def committed(directory: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     return [path for path in sorted(directory.glob("step-*")) if is_committed(path)]
+
+
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(path.name.removeprefix("step-"))
 
 
 def is_committed(path: Path) -> bool:

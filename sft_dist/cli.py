@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return verb(arguments)
     except SftDistError as error:
-        if os.environ.get("RANK", "0") == "0" or not _said_by_every_rank(error):
+        if error.is_local or _is_main():
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a directory that cannot be written, a full disk
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -130,7 +132,7 @@ def _train(arguments: argparse.Namespace) -> int:
         result = run(recipe, console=make_console(), resume=not arguments.no_resume, profile=arguments.profile)
     finally:
         leave_process_group()
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         if result.finished:
             print(f"done: step {result.step}, model in {result.model_dir}")
         else:
@@ -216,11 +218,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.dir, steps=arguments.steps)
 
 
-def _said_by_every_rank(error: SftDistError) -> bool:
-    """Recipe and data errors are found by all ranks alike; rank 0 says them for all."""
-    from sft_dist.errors import ConfigError, DataError
+def _is_main() -> bool:
+    """True on rank 0, and where the launcher's environment makes no sense: somebody has to say so."""
+    from sft_dist.world import read_world
 
-    return isinstance(error, (ConfigError, DataError))
+    try:
+        return read_world().is_main
+    except SftDistError:
+        return True
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ SftDistError            what was given, what was expected, what to do
   ConfigError           the recipe or the command line: exit code 2, before any device work
   DataError             a file, a row or a template: exit code 2, names file and line
   BackendError          this machine or this model cannot do what was asked: exit code 2
+    DeviceError           one process has no device; said by that process
   CheckpointError       a checkpoint is missing, broken or does not belong to this run: exit code 2
   OutOfMemoryError      host or device memory ran out: exit code 3, names the part that grew
 """
@@ -13,6 +14,8 @@ class SftDistError(Exception):
     """Base of all errors whose message is meant for the user; printed without a traceback."""
 
     exit_code = 2
+    is_local = False
+    """True: only the rank that met it knows, and says it. Else every rank meets it alike, and rank 0 speaks for all."""
 
 
 class ConfigError(SftDistError):
@@ -27,6 +30,12 @@ class BackendError(SftDistError):
     """An engine, attention backend or model that cannot compute what the recipe promises."""
 
 
+class DeviceError(BackendError):
+    """A process without a device of its own."""
+
+    is_local = True
+
+
 class CheckpointError(SftDistError):
     """A checkpoint that is absent, incomplete or from another run."""
 
@@ -35,3 +44,4 @@ class OutOfMemoryError(SftDistError):
     """Memory ran out during a step; the message proposes a smaller `batch.pack_tokens`."""
 
     exit_code = 3
+    is_local = True

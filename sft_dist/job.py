@@ -18,8 +18,11 @@ from sft_dist.engine.collectives import choose_device
 from sft_dist.engine.start import resolve_engine, zero_knobs
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.model.attention import Backend, choose_backend
-from sft_dist.model.load import PackedModel, compute_dtype, load_model
+from sft_dist.model.load import PackedModel, compute_dtype, load_model, read_config
 from sft_dist.world import World, check_launcher_agrees, read_world
+
+# The check before step 1 runs eager attention, whose memory grows with the square of a document.
+PROBE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,13 @@ class Job:
 
     @property
     def longest_example(self) -> int:
-        return max(int(store.lengths.max()) for store in (self.store, self.held_out_store) if store is not None)
+        return max(store.max_length for store in (self.store, self.held_out_store) if store is not None)
+
+    @property
+    def identity(self) -> str:
+        """What every rank must have found alike: data, length of the run, and where it goes on from."""
+        start = self.start_from.name if self.start_from else None
+        return f"{self.store.fingerprint} {self.schedule.num_steps} {start} {self.first_state.curve}"
 
     @property
     def first_state(self) -> RunState:
@@ -49,7 +58,9 @@ class Job:
         return RunState(
             step=0,
             data_fingerprint=self.store.fingerprint,
-            curve=checkpoint.curve_of(self.recipe, num_steps=self.schedule.num_steps),
+            curve=checkpoint.curve_of(
+                self.recipe, num_steps=self.schedule.num_steps, dtype=str(self.dtype).removeprefix("torch.")
+            ),
             engine=self.engine_name,
             world_size=self.world.size,
         )
@@ -66,10 +77,16 @@ class Job:
         )
 
     def probe_batch(self) -> MicroBatch:
-        """A pack of the three shortest examples of step 1 (of the store, if the step has fewer); equal on all ranks."""
+        """A pack of three examples of step 1, the shortest, a middling and the longest; equal on all ranks.
+
+        From the whole store when the step has fewer; not above PROBE_TOKENS each where there are such.
+        """
         _, ids = self.schedule.example_ids(1)
-        pool = ids if len(ids) >= 3 else range(len(self.store))
-        chosen = sorted(dict.fromkeys(int(i) for i in pool), key=lambda i: int(self.store.lengths[i]))[:3]
+        pool = dict.fromkeys(ids.tolist() if len(set(ids.tolist())) >= 3 else range(len(self.store)))
+        by_length = sorted(pool, key=lambda i: int(self.store.lengths[i]))
+        fitting = [i for i in by_length if self.store.lengths[i] <= PROBE_TOKENS]
+        by_length = fitting if len(fitting) >= 3 else by_length[:3]
+        chosen = list(dict.fromkeys([by_length[0], by_length[len(by_length) // 2], by_length[-1]]))
         weights = token_weights(self.store.num_responses[chosen], loss=self.recipe.loss)
         weight_of = dict(zip(chosen, weights.tolist(), strict=True))
         return build_micro_batch(self.store, tuple(chosen), weight_of, is_last=False).to(self.device)
@@ -82,7 +99,7 @@ def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
     """
     world = read_world()
     engine_name = resolve_engine(recipe.train.engine, world=world)
-    check_launcher_agrees(engine_name)
+    check_launcher_agrees(engine_name, dtype=recipe.model.dtype)
     zero_knobs(recipe, engine_name)
     if recipe.batch.examples is not None and recipe.batch.examples < world.size:
         raise ConfigError(
@@ -91,7 +108,9 @@ def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
         )
     device = choose_device(world)
     dtype = compute_dtype(recipe.model.dtype, device)
-    backend = choose_backend(recipe.model.attention, device=device, dtype=dtype)
+    config = read_config(recipe.model)
+    dropout = float(getattr(config, "attention_dropout", 0.0) or 0.0)
+    backend = choose_backend(recipe.model.attention, device=device, dtype=dtype, dropout=dropout)
     store = open_or_prepare(recipe, recipe.data.train, console=console, is_preparer=world.is_local_main)
     held_out_store = (
         open_or_prepare(recipe, recipe.data.held_out, console=console, is_preparer=world.is_local_main)
@@ -120,7 +139,7 @@ def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int
     if not recipe.batch.packing:
         return None
     for store in stores:
-        if store is not None and int(store.lengths.max()) > recipe.pack_tokens:
+        if store is not None and store.max_length > recipe.pack_tokens:
             longest = int(store.lengths.argmax())
             raise ConfigError(
                 f"batch.pack_tokens={recipe.pack_tokens} is shorter than an example of "

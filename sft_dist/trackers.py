@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -48,13 +50,12 @@ class JsonlTracker:
 
     def __init__(self, path: Path) -> None:
         if path.exists():
-            whole = path.read_bytes()
-            path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Metrics) -> None:
-        # NaN is not JSON; a withheld step says null.
-        line = {k: None if isinstance(v, float) and v != v else v for k, v in to_line(metrics).items()}
+        # NaN and infinity are not JSON; a withheld step says null.
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in to_line(metrics).items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

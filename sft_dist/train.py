@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import json
-import logging
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -20,22 +18,19 @@ from sft_dist.checkpoint import RunState
 from sft_dist.config import Recipe
 from sft_dist.data.batch import StepBatch, load_steps
 from sft_dist.data.schedule import CostModel, global_batches
-from sft_dist.engine.collectives import any_rank, barrier, sum_over_ranks
+from sft_dist.engine.collectives import on_main, require_agreement, sum_over_ranks
 from sft_dist.engine.interface import Engine
 from sft_dist.engine.start import start_engine
-from sft_dist.errors import CheckpointError
 from sft_dist.evaluate import HeldOutSet, evaluating
 from sft_dist.job import Job, plan_job
 from sft_dist.metrics import HeldOutMetrics, step_metrics
 from sft_dist.model.load import PackedModel, align_generation, export_model
-from sft_dist.model.verify import require_agreement
+from sft_dist.model.verify import require_own_loss
 from sft_dist.oom import explained_out_of_memory
 from sft_dist.optim import build_adamw, lr_at
 from sft_dist.quiet import quiet_libraries
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.world import StopRequest, World
-
-logger = logging.getLogger(__name__)
 
 STOP_FILE = "STOP"
 
@@ -63,8 +58,8 @@ def train_loop(
     profiler: "torch.profiler.profile | None" = None,
 ) -> RunState:
     """Train until the last step or a stop request; the state it returns is committed."""
+    started = time.perf_counter()
     for batch in steps:
-        started = time.perf_counter()
         loss = torch.zeros((), dtype=torch.float64, device=engine.device)
         for index, micro in enumerate(batch.micros):
             seed_forward(recipe.run.seed, batch.step, engine.world.rank, index)
@@ -97,6 +92,7 @@ def train_loop(
             checkpoint.commit(engine, state, recipe.run.path / "checkpoints", keep=recipe.train.keep_checkpoints)
         if num_asked:
             break
+        started = time.perf_counter()
     return state
 
 
@@ -110,7 +106,7 @@ def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool 
     with (
         StopRequest() as stop,
         explained_out_of_memory(
-            pack_tokens=recipe.pack_tokens,
+            packing=recipe.batch.packing,
             longest_example=job.longest_example,
             checkpointing=recipe.model.checkpointing,
         ),
@@ -124,11 +120,12 @@ def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool 
             load_model=job.load_model,
             make_optimizer=functools.partial(build_adamw, optim=recipe.optim),
         )
+        require_agreement(job.identity, world=job.world, device=job.device)
         with evaluating(engine.model):
-            agreement = require_agreement(engine.model, job.probe_batch())
+            agreement = require_own_loss(engine.model, job.probe_batch())
         state = _resume(engine, job.start_from, job.first_state) if job.start_from else job.first_state
         if job.world.is_main:
-            show_banner(console, job, model=engine.model.causal_lm, agreement=agreement, done=state.step)
+            show_banner(console, job, model=engine.model, agreement=agreement, done=state.step)
         state = _train(engine, state, job, console=console, stop=stop, profile=profile)
         finished = state.step == job.schedule.num_steps
         model_dir = _export(engine, job) if finished else None
@@ -177,7 +174,7 @@ def _train(
     """Lay the steps out, open the trackers, and run the loop."""
     recipe, num_steps = job.recipe, job.schedule.num_steps
     cost = _cost_model(engine.model)
-    attempt = _record_attempt(recipe, job.world)
+    attempt = on_main(functools.partial(_record_attempt, recipe, job.world), world=job.world, device=job.device) or 0
     held_out = None
     if job.held_out_store is not None:
         held_out = HeldOutSet(job.held_out_store, recipe.loss, job.pack_tokens, cost)
@@ -213,11 +210,10 @@ def _cost_model(model: PackedModel) -> CostModel:
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     head = config.vocab_size * config.hidden_size
-    # Under ZeRO-3 a parameter keeps its real size in ds_numel; the embedding lookup costs nothing.
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.causal_lm.parameters())
+    # The embedding lookup costs nothing.
     embeddings = head if config.tie_word_embeddings else 2 * head
     return CostModel.from_shape(
-        body_params=max(1, total - embeddings),
+        body_params=max(1, model.num_parameters - embeddings),
         head_params=head,
         num_layers=config.num_hidden_layers,
         attention_width=width,
@@ -225,31 +221,22 @@ def _cost_model(model: PackedModel) -> CostModel:
 
 
 def _resume(engine: Engine, path: Path, expected: RunState) -> RunState:
-    """Restore weights and optimizer, bit for bit, and return the state to go on from."""
-    failure: CheckpointError | None = None
-    found = expected
-    if engine.world.is_main:
-        try:
-            found = checkpoint.read_state(path)
-            checkpoint.require_same_run(found, expected, path)
-        except CheckpointError as error:
-            failure = error
-    if any_rank(failure is not None, engine.device):
-        raise failure or CheckpointError(f"{path}: refused by rank 0")
-    step = int(
-        sum_over_ranks(
-            torch.tensor(float(found.step) if engine.world.is_main else 0.0, dtype=torch.float64, device=engine.device)
-        )
-    )
+    """Restore weights and optimizer, bit for bit, and return the state to go on from.
+
+    Raises CheckpointError for a damaged checkpoint or another run's, on every rank.
+    """
+
+    def verify() -> None:
+        checkpoint.require_same_run(checkpoint.read_state(path), expected, path)
+
+    # One rank reads every byte; the others would read the same ones.
+    on_main(verify, world=engine.world, device=engine.device)
     engine.load(path)
-    logger.info("resumed from %s", path)
-    return replace(expected, step=step)
+    return replace(expected, step=checkpoint.step_of(path))
 
 
 def _record_attempt(recipe: Recipe, world: World) -> int:
-    """Count this start in run.json, beside the resolved recipe. Attempts count from 1; rank 0 keeps the count."""
-    if not world.is_main:
-        return 0
+    """Count this start in run.json, beside the resolved recipe. Attempts count from 1; only rank 0 counts."""
     path = recipe.run.path / "run.json"
     recipe.run.path.mkdir(parents=True, exist_ok=True)
     (recipe.run.path / STOP_FILE).unlink(missing_ok=True)
@@ -262,19 +249,26 @@ def _record_attempt(recipe: Recipe, world: World) -> int:
 
 
 def _export(engine: Engine, job: Job) -> Path:
-    """Write runs/<name>/model; a crash in the middle leaves no half model under that name."""
+    """Write runs/<name>/model; a crash in the middle leaves no half model under that name.
+
+    Collective: under ZeRO-3 every rank gives its shards.
+    """
     final = job.recipe.run.path / "model"
     state_dict = engine.state_dict()
-    if job.world.is_main:
+
+    def write() -> None:
         causal_lm, tokenizer = engine.model.causal_lm, job.tokenizer
         align_generation(causal_lm, stop_ids=tokenizer.stop_ids, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        writing, old = (final.with_name(f".model-{suffix}-{os.getpid()}") for suffix in ("new", "old"))
+        for leftover in final.parent.glob(".model-*"):
+            shutil.rmtree(leftover)
+        writing, old = final.with_name(".model-new"), final.with_name(".model-old")
         export_model(causal_lm, state_dict, writing, tokenizer_dir=job.store.tokenizer_dir)
         if final.exists():
             final.rename(old)
         writing.rename(final)
         shutil.rmtree(old, ignore_errors=True)
-    barrier(engine.device)
+
+    on_main(write, world=job.world, device=job.device)
     return final
 
 

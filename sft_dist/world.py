@@ -58,12 +58,23 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     return world
 
 
-def check_launcher_agrees(engine: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse an accelerate config that asks for another ZeRO stage than the recipe.
+def check_launcher_agrees(engine: str, *, dtype: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse an accelerate config that asks for something else than the recipe.
 
-    engine: the recipe's engine after `auto` was resolved.
+    engine: the recipe's engine after `auto` was resolved. dtype: its model.dtype.
     Raises ConfigError naming both keys.
     """
+    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", dtype) and not (precision == "bf16" and dtype == "auto"):
+        raise ConfigError(
+            f"accelerate's mixed_precision={precision} contradicts the recipe's model.dtype={dtype}; "
+            "set mixed_precision: 'no': the recipe chooses the dtype"
+        )
+    if environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            f"accelerate's distributed_type=FSDP contradicts the recipe's train.engine={engine}; "
+            "use a plain accelerate config: the recipe chooses the engine"
+        )
     if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return
     stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "demo", "runs", "build", "dist", "*.egg-info")
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.egg-info")
 SIDE_BY_SIDE = 2
 TIME_LIMIT_S = 180
 BASELINE_TIME_LIMIT_S = 600
@@ -38,7 +38,7 @@ FAILED = re.compile(r"^FAILED (\S+::\S+)", re.M)
 
 BATCH, CHAT, STORE = "unit/test_batch.py", "unit/test_chat.py", "unit/test_store.py"
 LOSS, ATTENTION = "unit/test_loss.py", "unit/test_attention.py"
-SCHEDULE, RATES = "unit/test_schedule.py", "unit/test_world.py"
+SCHEDULE, RATES = "unit/test_schedule.py", "unit/test_optim.py"
 CURVE, RESUME = "numerics/test_curve.py", "numerics/test_resume.py"
 SHIFT = f"{BATCH}::test_a_trained_token_is_predicted_from_the_position_before_it"
 REFERENCE = f"{CURVE}::test_a_single_process_draws_the_reference_curve[single-packs-example_mean-r103-w1]"

@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+FIXED_DATE = datetime(2024, 7, 26)
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -637,7 +638,8 @@ def _compile(template: str, name: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _template_json
     environment.globals["raise_exception"] = _template_raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # A template that prints today's date would make other tokens every day; it gets the same date always.
+    environment.globals["strftime_now"] = lambda form: FIXED_DATE.strftime(form)
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:

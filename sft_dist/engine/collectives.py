@@ -2,13 +2,18 @@
 
 import datetime
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 
-from sft_dist.errors import BackendError
+from sft_dist.errors import BackendError, ConfigError, DeviceError, SftDistError
 from sft_dist.world import World
+
+T = TypeVar("T")
 
 
 def choose_device(world: World) -> torch.device:
@@ -16,7 +21,7 @@ def choose_device(world: World) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
-        raise BackendError(
+        raise DeviceError(
             f"local rank {world.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
             "start at most that many processes, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
         )
@@ -35,6 +40,7 @@ def join_process_group(world: World, device: torch.device, *, timeout_s: float, 
     timeout = datetime.timedelta(seconds=timeout_s)
     # DeepSpeed makes subgroups without passing a timeout on; they take this default (30 minutes otherwise).
     dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world.size == 1:
         # Libraries read these even for a world of one; nothing listens, the store is in this process.
@@ -68,6 +74,34 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank when it is true on one."""
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def on_main(action: Callable[[], T], *, world: World, device: torch.device) -> T | None:
+    """Run `action` on rank 0 while the others wait; all return (None on the others), or all raise."""
+    failure: Exception | None = None
+    result = None
+    if world.is_main:
+        try:
+            result = action()
+        except Exception as error:  # carried to the other ranks, then raised again
+            failure = error
+    if any_rank(failure is not None, device):
+        raise failure or SftDistError("rank 0 failed; its message says why")
+    return result
+
+
+def require_agreement(what: str, *, world: World, device: torch.device) -> None:
+    """Raise ConfigError on every rank when `what` is not the same text on all of them.
+
+    what: data fingerprint, number of steps and checkpoint, which ranks read from disk each for itself.
+    """
+    mine = xxhash.xxh3_64_intdigest(what.encode()) >> 2  # fits int64, with room for the sum
+    mains = int(sum_over_ranks(torch.tensor(mine if world.is_main else 0, device=device)))
+    if any_rank(mine != mains, device):
+        raise ConfigError(
+            "the ranks do not see the same data and checkpoints; run.dir, data.store and data.train must lie on a "
+            "file system that all hosts share"
+        )
 
 
 def barrier(device: torch.device) -> None:

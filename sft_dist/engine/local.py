@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sft_dist.data.batch import MicroBatch
-from sft_dist.engine.collectives import sum_over_ranks
+from sft_dist.engine.collectives import on_main, sum_over_ranks
 from sft_dist.engine.interface import MakeOptimizer, StepResult
 from sft_dist.model.load import PackedModel
 from sft_dist.world import World
@@ -60,6 +60,9 @@ class LocalEngine:
     @torch.no_grad()
     def step(self, *, lr: float) -> StepResult:
         masters = list(self._masters.values())
+        for master in masters:
+            if master.grad is None:  # unused in this step: a zero, so that buckets are alike on all ranks
+                master.grad = torch.zeros_like(master)
         grads = [master.grad for master in masters if master.grad is not None]
         if self.world.size > 1:
             _sum_in_buckets(grads)
@@ -82,11 +85,7 @@ class LocalEngine:
 
     def save(self, directory: Path) -> None:
         # Every rank holds the same state, so one copy is the whole of it.
-        if self.world.is_main:
-            tensors = {f"master.{n}": p.detach() for n, p in self._masters.items()}
-            for name, master in self._masters.items():
-                tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state[master].items()}
-            safetensors.torch.save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, directory / STATE_FILE)
+        on_main(lambda: self._write_state(directory), world=self.world, device=self.device)
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
@@ -94,14 +93,19 @@ class LocalEngine:
         for name, master in self._masters.items():
             master.copy_(tensors[f"master.{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"{key}.{name}")
-                if value is not None:
-                    on_device = key != "step" or self._optimizer.defaults["fused"]
-                    self._optimizer.state[master][key] = value.to(self.device) if on_device else value
+                on_device = key != "step" or self._optimizer.defaults["fused"]
+                value = tensors[f"{key}.{name}"]
+                self._optimizer.state[master][key] = value.to(self.device) if on_device else value
         self._round_masters()
 
     def close(self) -> None:
         self._optimizer.state.clear()
+
+    def _write_state(self, directory: Path) -> None:
+        tensors = {f"master.{n}": p.detach() for n, p in self._masters.items()}
+        for name, master in self._masters.items():
+            tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state[master].items()}
+        safetensors.torch.save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, directory / STATE_FILE)
 
     def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
         if weight.dtype == torch.float32:

@@ -1,5 +1,6 @@
 """From an engine's name to a running engine."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from sft_dist.engine.collectives import join_process_group
 from sft_dist.engine.interface import Engine, MakeOptimizer
 from sft_dist.engine.local import LocalEngine
 from sft_dist.engine.zero import read_zero_knobs, start_zero
-from sft_dist.errors import ConfigError
+from sft_dist.errors import BackendError, ConfigError
 from sft_dist.model.load import PackedModel
 from sft_dist.world import World
 
@@ -30,10 +31,15 @@ def resolve_engine(name: str, *, world: World) -> str:
 def zero_knobs(recipe: Recipe, engine: str) -> dict[str, Any]:
     """The ZeRO knobs of an engine: from the recipe's own file, or from configs/deepspeed/<engine>.json.
 
-    Empty for single and ddp. Raises ConfigError for a file that contradicts the recipe.
+    Empty for single and ddp. Raises ConfigError for a file that contradicts the recipe, BackendError without DeepSpeed.
     """
     if not engine.startswith("zero"):
         return {}
+    if importlib.util.find_spec("deepspeed") is None:
+        raise BackendError(
+            f"train.engine={engine} needs the package deepspeed, which is not installed (it runs on Linux); "
+            "install it or use train.engine: ddp"
+        )
     path = recipe.train.deepspeed or package_files.find(f"deepspeed/{engine}.json")
     return read_zero_knobs(path, engine=engine)
 
@@ -54,13 +60,23 @@ def start_engine(
     """
     knobs = zero_knobs(recipe, name)
     join_process_group(world, device, timeout_s=recipe.train.timeout_s, needed=bool(knobs))
-    common: dict[str, Any] = {
-        "name": name,
-        "world": world,
-        "device": device,
-        "max_grad_norm": recipe.optim.max_grad_norm,
-        "make_optimizer": make_optimizer,
-    }
+    max_grad_norm = recipe.optim.max_grad_norm
     if knobs:
-        return start_zero(load_model, dtype=dtype, knobs=knobs, **common)
-    return LocalEngine(load_model(), **common)
+        return start_zero(
+            load_model,
+            name=name,
+            world=world,
+            device=device,
+            dtype=dtype,
+            max_grad_norm=max_grad_norm,
+            make_optimizer=make_optimizer,
+            knobs=knobs,
+        )
+    return LocalEngine(
+        load_model(),
+        name=name,
+        world=world,
+        device=device,
+        max_grad_norm=max_grad_norm,
+        make_optimizer=make_optimizer,
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sft_dist.data.batch import MicroBatch
 from sft_dist.engine.interface import MakeOptimizer, StepResult
-from sft_dist.errors import BackendError, ConfigError
+from sft_dist.errors import BackendError, CheckpointError, ConfigError
 from sft_dist.model.load import PackedModel
 from sft_dist.world import World
 
@@ -34,6 +34,8 @@ RECIPE_KEYS = {
     "fp16": "model.dtype",
 }
 
+FILE_KEYS = {"zero_optimization", "aio", "comms_logger", "flops_profiler", "memory_breakdown", "wall_clock_breakdown"}
+
 
 def read_zero_knobs(path: Path, *, engine: str) -> dict[str, Any]:
     """A DeepSpeed file of ZeRO knobs. Raises ConfigError when it says what the recipe says, naming both keys."""
@@ -47,10 +49,19 @@ def read_zero_knobs(path: Path, *, engine: str) -> dict[str, Any]:
                 f"{path}: {key!r} belongs to the recipe, as {RECIPE_KEYS[key]}; "
                 "remove it: this file holds ZeRO knobs only"
             )
-    stage = knobs.get("zero_optimization", {}).get("stage")
+        if key not in FILE_KEYS:
+            raise ConfigError(f"{path}: {key!r} is not a ZeRO knob; this file may hold {', '.join(sorted(FILE_KEYS))}")
+    zero = knobs.get("zero_optimization", {})
+    stage = zero.get("stage")
     if f"zero{stage}" != engine.split("_")[0]:
         raise ConfigError(
             f"{path}: zero_optimization.stage={stage} contradicts train.engine={engine}; change one of them"
+        )
+    offloads = "offload_optimizer" in zero
+    if offloads != engine.endswith("_offload"):
+        raise ConfigError(
+            f"{path}: zero_optimization {'has' if offloads else 'lacks'} offload_optimizer, "
+            f"which contradicts train.engine={engine}; change one of them"
         )
     return knobs
 
@@ -112,7 +123,16 @@ class ZeroEngine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            self._forget_gradients()
         return StepResult(float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied())
+
+    def _forget_gradients(self) -> None:
+        """Drop a withheld step's sums: with offload DeepSpeed keeps them, and would withhold every later step too."""
+        optimizer = self.deepspeed.optimizer
+        for sums in (getattr(optimizer, "averaged_gradients", {}), getattr(optimizer, "all_grad_tensors", {})):
+            for key in sums:
+                sums[key] = None
 
     def state_dict(self) -> dict[str, Tensor]:
         import deepspeed
@@ -139,7 +159,9 @@ class ZeroEngine:
         self.deepspeed.save_checkpoint(str(directory), tag=STATE_TAG, save_latest=False)
 
     def load(self, directory: Path) -> None:
-        self.deepspeed.load_checkpoint(str(directory), tag=STATE_TAG, load_lr_scheduler_states=False)
+        path, _ = self.deepspeed.load_checkpoint(str(directory), tag=STATE_TAG, load_lr_scheduler_states=False)
+        if path is None:
+            raise CheckpointError(f"{directory}: DeepSpeed found no state of tag {STATE_TAG!r} to load")
 
     def close(self) -> None:
         self.deepspeed.destroy()
@@ -152,8 +174,8 @@ def _full_config(knobs: dict[str, Any], *, world: World, dtype: torch.dtype, max
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
-        # torch's AdamW updates offloaded states unless the file asks for DeepSpeed's own, which needs a compiler.
-        "zero_force_ds_cpu_optimizer": knobs.get("zero_force_ds_cpu_optimizer", False),
+        # torch's AdamW updates offloaded states too; DeepSpeed's own needs a compiler.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": sys.maxsize,
     }
@@ -176,12 +198,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet, and on a CPU without the compiler that its shared-memory collectives ask for."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise BackendError(
-            f"the ZeRO engines need the package deepspeed: {error}; install it (Linux only) or use train.engine: ddp"
-        ) from None
+    import deepspeed
+
     if device.type == "cpu":
         # Every start would compile it (a minute, or a failure without ninja), for inference only.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ backend without document bounds would let documents read each other without a wa
     T = packed tokens, S = documents, Hq/Hk = query/key heads, D = head dimension
 """
 
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -26,26 +27,37 @@ from sft_dist.errors import BackendError
 logger = logging.getLogger(__name__)
 
 DocumentAttention = Callable[..., Tensor]
-"""Causal, per document: (q [T,Hq,D], k [T,Hk,D], v [T,Hk,D], *, bounds, scale, window) -> [T,Hq,D]."""
+"""Causal, per document: (q [T,Hq,D], k [T,Hk,D], v [T,Hk,D], *, bounds, scale, window, dropout) -> [T,Hq,D]."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to attend per document. `why_not(device, dtype)` is None where it can run, else the reason."""
+    """A way to attend per document. `why_not(device, dtype, dropout)` is None where it can run, else the reason."""
 
     name: str
     attend: DocumentAttention
-    why_not: Callable[[torch.device, torch.dtype], str | None]
+    why_not: Callable[[torch.device, torch.dtype, float], str | None]
 
 
 def _attend_flash(
-    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    **_: Any,
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     left = -1 if window is None else window - 1
     bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    out: Tensor = flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scale, causal=True, window_size=(left, 0))
+    out: Tensor = flash_attn_varlen_func(
+        q, k, v, *bounds, dropout_p=dropout, softmax_scale=scale, causal=True, window_size=(left, 0)
+    )
     return out
 
 
@@ -71,21 +83,31 @@ def _varlen_takes_gqa() -> bool:
 
 
 def _attend_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, document_lengths: tuple[int, ...], scale: float, window: int | None, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    document_lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    dropout: float,
+    **_: Any,
 ) -> Tensor:
     """One SDPA call per document: exact, and never a T x T mask."""
     documents = zip(q.split(document_lengths), k.split(document_lengths), v.split(document_lengths), strict=True)
-    return torch.cat([_attend_document(*qkv, scale=scale, window=window) for qkv in documents])
+    return torch.cat([_attend_document(*qkv, scale=scale, window=window, dropout=dropout) for qkv in documents])
 
 
-def _attend_document(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+def _attend_document(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, dropout: float) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1,H,L,D]
     length = q.shape[2]
     mask = None
     if window is not None and length > window:
         distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
         mask = (distance >= 0) & (distance < window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
     return out[0].transpose(0, 1)
 
 
@@ -94,19 +116,31 @@ def _needs_half_precision_gpu(device: torch.device, dtype: torch.dtype) -> str |
         return f"it runs on CUDA devices, this is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bf16 or fp16, this run computes in {dtype}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 (Ampere) or newer, {torch.cuda.get_device_name(device)} is older"
     return None
 
 
-def _why_not_flash(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    return _needs_half_precision_gpu(device, dtype)
+def _why_not_flash(device: torch.device, dtype: torch.dtype, _dropout: float) -> str | None:
+    if reason := _needs_half_precision_gpu(device, dtype):
+        return reason
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:  # not installed, or built for another torch
+        return f"the package flash-attn cannot be imported: {error}"
+    return None
 
 
-def _why_not_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_varlen(device: torch.device, dtype: torch.dtype, dropout: float) -> str | None:
+    if dropout:
+        return f"it has no dropout, and the model's config asks for attention_dropout={dropout}"
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return "this torch has no torch.nn.attention.varlen"
     return _needs_half_precision_gpu(device, dtype)
+
+
+def _runs_everywhere(_device: torch.device, _dtype: torch.dtype, _dropout: float) -> None:
+    return None
 
 
 # In the order in which `auto` prefers them.
@@ -115,18 +149,19 @@ BACKENDS = {
     for backend in (
         Backend("flash_attention", _attend_flash, _why_not_flash),
         Backend("torch_varlen", _attend_varlen, _why_not_varlen),
-        Backend("sdpa", _attend_sdpa, lambda _device, _dtype: None),
+        Backend("sdpa", _attend_sdpa, _runs_everywhere),
     )
 }
 
 
-def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> Backend:
     """The backend called `name`, or for `auto` the first that can run here; the choice is logged.
 
+    dropout: of attention weights, as the model's config gives it.
     Raises BackendError when a named one cannot run, or cannot keep documents apart.
     """
     if name == "auto":
-        backend = next(b for b in BACKENDS.values() if b.why_not(device, dtype) is None)
+        backend = next(b for b in BACKENDS.values() if b.why_not(device, dtype, dropout) is None)
         logger.info("attention: auto chose %s for %s on %s", backend.name, dtype, device.type)
         return backend
     if name not in BACKENDS:
@@ -134,7 +169,7 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> Ba
             f"model.attention={name!r} does not keep the documents of a pack apart; "
             f"use one of auto, {', '.join(BACKENDS)}"
         )
-    reason = BACKENDS[name].why_not(device, dtype)
+    reason = BACKENDS[name].why_not(device, dtype, dropout)
     if reason is not None:
         raise BackendError(f"model.attention={name!r} cannot run here: {reason}; use model.attention: auto")
     return BACKENDS[name]
@@ -162,15 +197,11 @@ def register(backend: Backend) -> str:
             raise BackendError(
                 f"attention {implementation!r} was called without document bounds; call the model on a MicroBatch"
             )
-        if dropout:
-            raise BackendError(
-                f"attention dropout {dropout} is not supported by packed attention; "
-                "set attention_dropout: 0 in the model's config"
-            )
         out = backend.attend(
             *(x[0].transpose(0, 1) for x in (query, key, value)),
             scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
             window=sliding_window,
+            dropout=dropout,
             **document_bounds,
         )
         return out[None], None

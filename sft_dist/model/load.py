@@ -1,12 +1,15 @@
 """A Hugging Face model as the loss function of a micro-batch."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sft_dist.config import ModelSection
 from sft_dist.data.batch import MicroBatch
@@ -35,6 +38,11 @@ class PackedModel(nn.Module):
         self.causal_lm = causal_lm
         self.head = ResponseHead(output.weight)
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model; under ZeRO-3 a parameter keeps its real size in ds_numel."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.causal_lm.parameters())
+
     def forward(self, micro: MicroBatch, *, return_logits: bool = False) -> Tensor:
         """Weighted loss of the pack, scalar fp32; or its logits `[R,V]` at response positions."""
         output = self.causal_lm.base_model(
@@ -54,6 +62,39 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+# Rotary frequencies that follow the longest position of the *pack* carry one document's length into another.
+LEAKING_ROPE = ("dynamic", "longrope")
+
+
+def read_config(section: ModelSection) -> PretrainedConfig:
+    """The model's config, checked for what packing cannot reproduce.
+
+    Raises ConfigError when there is no such model, BackendError for rotary embeddings that depend on the pack.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={section.path!r}: no model config: {str(error).splitlines()[0]}") from None
+    for key in ("rope_parameters", "rope_scaling"):
+        kind = _rope_type(getattr(config, key, None))
+        if kind in LEAKING_ROPE:
+            raise BackendError(
+                f"model.path={section.path!r}: {key} has rope_type {kind!r}, whose frequencies depend on the longest "
+                "document of a pack; this model is not supported"
+            )
+    return config
+
+
+def _rope_type(parameters: object) -> str | None:
+    """The rope type of a config entry, which may hold one entry per kind of layer."""
+    if not isinstance(parameters, dict):
+        return None
+    kinds = [parameters.get("rope_type", parameters.get("type")), *map(_rope_type, parameters.values())]
+    return next((kind for kind in kinds if kind in LEAKING_ROPE), None)
 
 
 def load_model(
@@ -105,10 +146,9 @@ def grow_vocabulary(causal_lm: PreTrainedModel, *, num_tokens: int, added_token_
     matrices = {id(m.weight): m.weight for m in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())}
     for weight in matrices.values():
         with _whole(weight), torch.no_grad():
-            if weight.numel():  # under ZeRO-3 only rank 0 writes, and the exit of the context spreads it
-                new = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
-                new[list(added_token_ids)] = True
-                weight[new] = weight[~new].float().mean(0).to(weight.dtype)
+            new = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+            new[list(added_token_ids)] = True
+            weight[new] = weight[~new].float().mean(0).to(weight.dtype)
 
 
 def align_generation(
@@ -120,6 +160,8 @@ def align_generation(
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
     generation.eos_token_id = list(dict.fromkeys([*stop_ids, *known]))
     generation.pad_token_id = pad_id if pad_id is not None else generation.pad_token_id
+    if not generation.do_sample:  # a base model's stray sampling settings would make the export refuse to save
+        generation.temperature = generation.top_p = generation.top_k = None
     causal_lm.generation_config = generation
     if eos_id is not None:
         causal_lm.config.eos_token_id = eos_id
@@ -145,12 +187,11 @@ def _is_partitioned(causal_lm: PreTrainedModel) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in causal_lm.parameters())
 
 
-def _whole(weight: nn.Parameter):  # type: ignore[no-untyped-def]
-    """The full weight for a moment, whoever holds it; written back from rank 0 under ZeRO-3."""
-    import contextlib
-
+def _whole(weight: nn.Parameter) -> AbstractContextManager[Any]:
+    """The full weight for a moment, whoever holds it; under ZeRO-3 every rank writes, and rank 0's is kept."""
     if not hasattr(weight, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    return gathered

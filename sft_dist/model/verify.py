@@ -35,12 +35,13 @@ def compare_with_own_logits(model: PackedModel, micro: MicroBatch) -> Agreement:
     return Agreement(packed_loss, float((micro.weights * nll).sum()), float(error))
 
 
-def require_agreement(model: PackedModel, micro: MicroBatch) -> Agreement:
+def require_own_loss(model: PackedModel, micro: MicroBatch) -> Agreement:
     """Raise BackendError, with both numbers, when the packed loss is not the model's own."""
     agreement = compare_with_own_logits(model, micro)
     exact = micro.weights.device.type == "cpu" and model.head.weight.dtype == torch.float32
     tolerance = FP32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE
-    if not agreement.logit_error <= tolerance:
+    loss_error = abs(agreement.packed_loss - agreement.own_loss) / max(1.0, abs(agreement.own_loss))
+    if not (agreement.logit_error <= tolerance and loss_error <= tolerance):
         raise BackendError(
             f"{type(model.causal_lm).__name__} computes a packed loss of {agreement.packed_loss:.7f} where its own "
             f"logits, document by document, give {agreement.own_loss:.7f} (largest logit difference "

@@ -71,8 +71,8 @@ def test_generate_answers_from_an_export(
     assert "no model here" in capsys.readouterr().err
 
 
-def test_wandb_never_stops_a_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Offline it writes its files; without a key it is said once and the run goes on."""
+def test_wandb_logs_offline(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Offline it writes its own files beside ours."""
     out = said(capsys, "train", str(recipe), "wandb={project: p, mode: offline}")
     assert "done: step 1" in out
     assert list((tmp_path / "runs" / "r" / "wandb").glob("offline-run-*"))

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed
 import yaml
 
-from sft_dist import cli
+from sft_dist import cli, package_files
 from tests import tiny
 
 GOOD_ROW = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]}
@@ -170,8 +170,7 @@ def test_a_model_whose_logits_disagree(
 
 def test_an_error_of_all_ranks_is_said_once(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Two real processes: both refuse, one speaks, neither shows a traceback."""
-    path = rows(tmp_path / "bad.jsonl", json.dumps(GOOD_ROW), "{")
-    recipe_path = recipe(data={"train": path})
+    recipe_path = recipe()
     root = Path(__file__).parents[2]
     environ = os.environ | {
         "WORLD_SIZE": "2",
@@ -194,3 +193,27 @@ def test_an_error_of_all_ranks_is_said_once(recipe: Callable[..., Path], tmp_pat
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert said[0].count("loss='mean'") == 1
     assert said[1] == ""
+
+
+def test_a_bad_row_under_a_launcher_is_said_once(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """accelerate and two ranks: one of them reads the data and says what is wrong; the launcher ends the other."""
+    path = rows(tmp_path / "bad.jsonl", json.dumps(GOOD_ROW), "{")
+    config = str(package_files.find("accelerate/cpu-2.yaml"))
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    command = [
+        accelerate,
+        "launch",
+        "--config_file",
+        config,
+        "-m",
+        "sft_dist",
+        "train",
+        str(recipe(data={"train": path})),
+    ]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, "the launcher's code: it does not pass a rank's own on"
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 2
+    assert f"{path}:2: " in said[1]
+    assert "sft_dist/" not in result.stderr, "no traceback of ours"

@@ -42,7 +42,7 @@ def recipe(tmp_path: Path, tied_model: Path) -> Callable[..., Path]:
 
 
 def start(*command: str, **environ: str) -> "subprocess.Popen[str]":
-    """Start a command of this environment; its program directory holds no compiler."""
+    """Start a command of this environment."""
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environ}
     program = [str(BIN / command[0]), *command[1:]]
     return subprocess.Popen(
@@ -99,6 +99,24 @@ def test_a_signal_saves_and_the_same_command_goes_on(recipe: Callable[..., Path]
     assert losses(stopped) == losses(whole)
     attempts = {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()}
     assert attempts == {1, 2}
+
+
+def test_a_stop_file_stops_all_ranks_at_the_same_step(recipe: Callable[..., Path]) -> None:
+    whole, stopped = recipe("whole2", steps=80), recipe("stopped2", steps=80)
+    torchrun = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "sft_dist", "train")
+    run(*torchrun, str(whole))
+    process = start(*torchrun, str(stopped))
+    directory = stopped.parent / "runs" / "stopped2"
+    deadline = time.monotonic() + 90
+    while not ((directory / "metrics.jsonl").exists() and len(losses(stopped)) >= 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    (directory / "STOP").touch()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert 3 <= len(losses(stopped)) < 80
+    run(*torchrun, str(stopped))
+    assert losses(stopped) == losses(whole)
 
 
 def test_profile_writes_a_trace_and_a_table(recipe: Callable[..., Path]) -> None:

@@ -72,7 +72,8 @@ class Case:
 
     @property
     def needs(self) -> tuple["Case", ...]:
-        others = [self.single] + [self.uninterrupted] * bool(self.resumed_at)
+        poisoned = [Case("single", 1, checks=("poisoned",))] * ("poisoned" in self.checks)
+        others = [self.single, *poisoned] + [self.uninterrupted] * bool(self.resumed_at)
         return (self, *others, *[self.unevaluated, self.evaluated_alone] * bool(self.eval_every))
 
 

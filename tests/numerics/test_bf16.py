@@ -15,6 +15,7 @@ LAYOUTS = [
     Case("zero1", 2, dtype="bf16"),
     Case("zero2", 2, dtype="bf16"),
     Case("zero3", 2, dtype="bf16"),
+    Case("zero2_offload", 2, dtype="bf16"),
 ]
 
 
@@ -36,7 +37,7 @@ def test_layouts_spread_a_bf16_curve_at_most_twice_as_much_as_orders_do(case: Ca
 
 @pytest.mark.parametrize(
     "case",
-    [Case(engine, 2, dtype="bf16", checks=("accumulates",)) for engine in ("zero1", "zero2", "zero3")],
+    [Case(engine, 2, dtype="bf16", checks=("accumulates",)) for engine in ("zero1", "zero2", "zero3", "zero2_offload")],
     ids=lambda case: case.run_name,
 )
 def test_zero_adds_bf16_gradients_up_in_fp32(case: Case, lab: Lab) -> None:

@@ -4,8 +4,9 @@
 
 cases.json: [{"recipe": {...}, "checks": [...], "resume": {"run": name, "step": k} or null}, ...]. Each case is the
 product's own `run`; results are what it leaves on disk. `resume` first gives the run another's checkpoint of step k.
-Checks add instrumentation around the training loop:
-    sharded    ZeRO-3: every parameter's local shard is 1/world of it, before and after training
+Under ZeRO-3 every
+parameter's local shard must be 1/world of it before and after each step. Checks add more instruments:
+    poisoned   step 3 has infinite weights on the last rank; training ends after step 5
     gradients  the summed gradient of step 1 is written to <run>/gradients.safetensors, and nothing is trained
     reversed   the documents of every pack in the opposite order; rotated: the last one first
     accumulates  gradient norms of a micro-batch, and of 256 times it, then 40 times it, go to <run>/norms.json
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import itertools
 import json
 import shutil
 import sys
@@ -48,22 +50,39 @@ def reordered_batches(reorder: Any) -> Any:
 
 def checked_loop(checks: list[str]) -> Any:
     def loop(engine: Any, steps: Any, state: Any, **kwargs: Any) -> Any:
+        directory = kwargs["recipe"].run.path
         if "accumulates" in checks:
-            write_norms(engine, next(iter(steps)).micros[0], kwargs["recipe"].run.path)
+            write_norms(engine, next(iter(steps)).micros[0], directory)
             return state
         if "gradients" in checks:
-            write_gradients(engine, next(iter(steps)), kwargs["recipe"].run.path)
+            write_gradients(engine, next(iter(steps)), directory)
             return state
-        if "sharded" in checks:
-            assert_sharded(engine)
+        if "poisoned" in checks:
+            steps = itertools.islice(poisoned(steps), 5)
+        if engine.name.startswith("zero3"):
+            steps = between_steps(lambda: assert_sharded(engine), steps)
         state = ORIGINAL_LOOP(engine, steps, state, **kwargs)
-        if "sharded" in checks:
-            assert_sharded(engine)
         if "in_memory" in checks:
-            write_logits(engine, kwargs["recipe"].run.path)
+            write_logits(engine, directory)
         return state
 
     return loop
+
+
+def between_steps(check: Any, steps: Any) -> Any:
+    check()
+    for step in steps:
+        yield step
+        check()
+
+
+def poisoned(steps: Any) -> Any:
+    """Infinite weights in step 3, on the last rank only."""
+    for batch in steps:
+        if batch.step == 3 and read_world().rank == read_world().size - 1:
+            micros = tuple(dataclasses.replace(micro, weights=micro.weights * torch.inf) for micro in batch.micros)
+            batch = dataclasses.replace(batch, micros=micros)
+        yield batch
 
 
 def assert_sharded(engine: Any) -> None:

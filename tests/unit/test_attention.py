@@ -1,5 +1,6 @@
 """Documents in a pack never see each other, whatever the model's config says."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,15 @@ import torch
 from sft_dist.config import ModelSection
 from sft_dist.data.batch import MicroBatch, build_micro_batch
 from sft_dist.errors import BackendError
+from sft_dist.model import loss
 from sft_dist.model.attention import BACKENDS, choose_backend, register
-from sft_dist.model.load import PackedModel, load_model
-from sft_dist.model.verify import require_agreement
+from sft_dist.model.load import PackedModel, load_model, read_config
+from sft_dist.model.verify import require_own_loss
 from tests import tiny
 from tests.unit.test_batch import Rows
 
 CPU = torch.device("cpu")
-ON_CPU = [name for name, backend in BACKENDS.items() if backend.why_not(CPU, torch.float32) is None]
+ON_CPU = [name for name, backend in BACKENDS.items() if backend.why_not(CPU, torch.float32, 0.0) is None]
 ISOLATION_BAR = 4e-6  # logits of order 1, fp32: rounding differs with the length of the batched matmuls
 
 
@@ -126,14 +128,55 @@ def test_a_soft_capped_model_is_refused_with_both_numbers(tmp_path: Path) -> Non
     model = load(tiny.write_model(tmp_path, architecture="gemma2", hidden_activation="gelu_pytorch_tanh"))
     model.eval()
     with torch.no_grad(), pytest.raises(BackendError, match=r"packed loss of \d+\.\d+ .* give \d+\.\d+ .*soft caps"):
-        require_agreement(model, pack(documents(12, 20, 9), 0, 1, 2))
+        require_own_loss(model, pack(documents(12, 20, 9), 0, 1, 2))
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 def test_supported_models_agree_with_their_own_logits(architecture: str, tmp_path: Path) -> None:
     model = load(tiny.write_model(tmp_path, architecture=architecture)).eval()
-    agreement = require_agreement(model, pack(documents(12, 20, 9), 0, 1, 2))
+    agreement = require_own_loss(model, pack(documents(12, 20, 9), 0, 1, 2))
     assert agreement.packed_loss == pytest.approx(agreement.own_loss, rel=1e-6)
     assert model.causal_lm.config._attn_implementation == register(BACKENDS["sdpa"]), (
         "the check leaves the backend in place"
     )
+
+
+def test_a_loss_that_disagrees_is_refused_even_when_the_logits_agree(
+    tied_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tied_model).eval()
+    original = loss._chunk_loss
+    monkeypatch.setattr(loss, "_chunk_loss", lambda *arguments: 1.01 * original(*arguments))
+    with torch.no_grad(), pytest.raises(BackendError, match="packed loss of"):
+        require_own_loss(model, pack(documents(12, 20, 9), 0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10000.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_frequencies_that_depend_on_the_pack_are_refused(rope: dict[str, object], tmp_path: Path) -> None:
+    path = tiny.write_model(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    with pytest.raises(BackendError, match=f"rope_type '{rope['rope_type']}'"):
+        read_config(ModelSection(path=str(path)))
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation(tmp_path: Path) -> None:
+    model = load(tiny.write_model(tmp_path, attention_dropout=0.5, initializer_range=0.1))
+    micro = pack(documents(20, 30), 0, 1)
+    with torch.no_grad():
+        losses = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            losses.append(float(model(micro)))
+        assert losses[0] == losses[1] != losses[2]
+        model.eval()
+        assert float(model(micro)) == float(model(micro))
+    with pytest.raises(BackendError, match=r"attention_dropout=0\.5"):
+        choose_backend("torch_varlen", device=CPU, dtype=torch.bfloat16, dropout=0.5)

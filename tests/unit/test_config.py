@@ -118,7 +118,12 @@ def test_a_zero_file_that_says_what_the_recipe_says_is_refused(tmp_path: Path) -
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}))
     with pytest.raises(ConfigError, match=r"'gradient_clipping' belongs to the recipe, as optim\.max_grad_norm"):
         read_zero_knobs(path, engine="zero2")
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}))
+    with pytest.raises(ConfigError, match="'data_types' is not a ZeRO knob"):
+        read_zero_knobs(path, engine="zero2")
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    with pytest.raises(ConfigError, match=r"lacks offload_optimizer, which contradicts train\.engine=zero2_offload"):
+        read_zero_knobs(path, engine="zero2_offload")
     with pytest.raises(ConfigError, match=r"zero_optimization\.stage=2 contradicts train\.engine=zero3"):
         read_zero_knobs(path, engine="zero3")
 

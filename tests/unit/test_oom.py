@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,33 +15,44 @@ from tests import tiny
 from tests.unit.test_attention import documents, load, pack
 
 
-def explain(longest_example: int = 100, checkpointing: str = "none") -> object:
-    return explained_out_of_memory(pack_tokens=4096, longest_example=longest_example, checkpointing=checkpointing)
+def explain(longest_example: int = 100, checkpointing: str = "none", packing: bool = True) -> object:
+    return explained_out_of_memory(packing=packing, longest_example=longest_example, checkpointing=checkpointing)
 
 
-def test_a_failed_forward_names_the_pack_and_proposes_half(tied_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(tied_model)
-    micro = pack(documents(300, 200, 100), 0, 1, 2)
+@pytest.fixture
+def out_of_memory(tied_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    """A forward on a pack of 600 tokens whose attention cannot be allocated."""
+    model, micro = load(tied_model), pack(documents(300, 200, 100), 0, 1, 2)
 
     def too_large(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", too_large)
-    with (
-        pytest.raises(
-            OutOfMemoryError,
-            match=r"activations in attention of a pack of 600 tokens .*pack_tokens=300 \(now 600\).*does not change",
-        ),
-        explain(),
-    ):
-        model(micro)
+    return lambda: model(micro)
 
 
-def test_packs_that_cannot_shrink_get_another_mend() -> None:
-    with pytest.raises(OutOfMemoryError, match="checkpointing: full"), explain(longest_example=4096):
-        raise MemoryError
-    with pytest.raises(OutOfMemoryError, match="zero3_offload"), explain(longest_example=4096, checkpointing="full"):
-        raise MemoryError
+def test_a_failed_forward_names_the_pack_and_proposes_half(out_of_memory: Callable[[], object]) -> None:
+    proposal = r"activations in attention of a pack of 600 tokens .*set batch\.pack_tokens=300: .*does not change"
+    with pytest.raises(OutOfMemoryError, match=proposal), explain():
+        out_of_memory()
+
+
+def test_packs_that_cannot_shrink_get_another_mend(out_of_memory: Callable[[], object]) -> None:
+    with pytest.raises(OutOfMemoryError, match="checkpointing: full"), explain(longest_example=600):
+        out_of_memory()
+    with pytest.raises(OutOfMemoryError, match="checkpointing: full"), explain(packing=False):
+        out_of_memory()
+    with pytest.raises(OutOfMemoryError, match="zero3_offload"), explain(longest_example=600, checkpointing="full"):
+        out_of_memory()
+
+
+def test_states_that_do_not_fit_are_not_blamed_on_the_pack() -> None:
+    def step() -> None:
+        micro = pack(documents(300), 0)
+        raise MemoryError(f"no room for moments, after a pack of {micro.max_seqlen}")
+
+    with pytest.raises(OutOfMemoryError, match="optimizer states did not fit; spread it: a zero engine"), explain():
+        step()
 
 
 def test_other_errors_pass_unchanged() -> None:
