@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--dir", type=Path, default=Path("demo"), help="where everything is written (default: ./demo)")
     demo.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
+    demo.add_argument("--examples", type=int, help="write this many training examples, and an eighth to hold out")
     demo.set_defaults(verb=_demo)
     return parser
 
@@ -215,7 +216,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from sft_dist.demo_run import run_demo
 
-    return run_demo(arguments.dir, steps=arguments.steps)
+    return run_demo(arguments.dir, steps=arguments.steps, num_train=arguments.examples)
 
 
 def _is_main() -> bool:

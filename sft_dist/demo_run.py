@@ -38,7 +38,7 @@ JSON_TEMPLATES = ("extraction",)
 LONGEST_ANSWER = 120
 
 
-def run_demo(directory: Path, *, steps: int | None = None) -> int:
+def run_demo(directory: Path, *, steps: int | None = None, num_train: int | None = None) -> int:
     """Data, tiny model, two processes with ZeRO-2, held-out scores before and after, one answer. Returns an exit code.
 
     Raises ConfigError when `directory` holds something that is not a demo.
@@ -48,11 +48,13 @@ def run_demo(directory: Path, *, steps: int | None = None) -> int:
     started = time.perf_counter()
     _make_room(directory)
     console.rule("1/4  data, tokenizer and model, all from scratch")
-    files = _write_inputs(directory)
+    num_held_out = NUM_HELD_OUT if num_train is None else max(6, min(NUM_HELD_OUT, num_train // 8))
+    num_train = num_train or NUM_TRAIN
+    files = _write_inputs(directory, num_train=num_train, num_held_out=num_held_out)
     recipe_path = _write_recipe(directory, steps)
     recipe = load_recipe(recipe_path)
     console.print(
-        f"{NUM_TRAIN:,} training and {NUM_HELD_OUT} held-out examples that share no values, in {directory / 'data'}"
+        f"{num_train:,} training and {num_held_out} held-out examples that share no values, in {directory / 'data'}"
     )
     for row, command in enumerate((["sft-dist", "prepare", str(recipe_path)], _launch_command(recipe_path)), start=2):
         console.rule(f"{row}/4  {'tokenise once, verify every mask' if row == 2 else 'train: two processes, ZeRO-2'}")
@@ -81,8 +83,8 @@ def _make_room(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_inputs(directory: Path) -> DemoFiles:
-    files = write_demo_data(directory / "data", num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT, seed=SEED)
+def _write_inputs(directory: Path, *, num_train: int, num_held_out: int) -> DemoFiles:
+    files = write_demo_data(directory / "data", num_train=num_train, num_held_out=num_held_out, seed=SEED)
     texts = example_texts(generate_examples(NUM_TOKENIZER_EXAMPLES, SEED, "train"))
     build_tokenizer(texts, directory / "model")
     build_model(directory / "model", directory / "model", seed=SEED)

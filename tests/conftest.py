@@ -24,6 +24,14 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Sums are the same, bit for bit, only with the same number of threads; processes that tests start have one too."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny Qwen2 with tied embeddings, and its tokenizer."""

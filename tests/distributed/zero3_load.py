@@ -3,20 +3,22 @@
 python zero3_load.py recipe.yaml
 """
 
+import contextlib
+import gc
 import sys
 import threading
 from pathlib import Path
 
 import torch
 
-from sft_dist.config import load_recipe
+from sft_dist.config import Recipe, load_recipe
 from sft_dist.engine.collectives import choose_device, leave_process_group
 from sft_dist.engine.start import start_engine
 from sft_dist.engine.zero import _import_deepspeed
 from sft_dist.model.attention import choose_backend
 from sft_dist.model.load import PackedModel, load_model
 from sft_dist.quiet import quiet_libraries
-from sft_dist.world import read_world
+from sft_dist.world import World, read_world
 
 
 class LoadedEnough(Exception):
@@ -46,10 +48,7 @@ class PeakPrivateBytes(threading.Thread):
         return max(self.peak, self.read()) - self.before
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    quiet_libraries()
-    recipe, world = load_recipe(sys.argv[1]), read_world()
+def peak_bytes(recipe: Recipe, world: World) -> int:
     device = choose_device(world)
     backend = choose_backend("sdpa", device=device, dtype=torch.float32)
     meters: list[PeakPrivateBytes] = []
@@ -64,8 +63,7 @@ def main() -> None:
     def no_optimizer(*_: object, **__: object) -> torch.optim.Optimizer:
         raise LoadedEnough
 
-    _import_deepspeed(device)  # its own memory belongs to the baseline
-    try:
+    with contextlib.suppress(LoadedEnough):
         start_engine(
             recipe,
             name=recipe.train.engine,
@@ -75,9 +73,19 @@ def main() -> None:
             load_model=load,
             make_optimizer=no_optimizer,
         )
-    except LoadedEnough:
-        print(f"peak {meters[0].above_before()}")
-    torch.distributed.barrier()
+    return meters[0].above_before()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    quiet_libraries()
+    path, *engines = sys.argv[1:]
+    world = read_world()
+    _import_deepspeed(choose_device(world))  # its own memory belongs to the baseline
+    for engine in engines:
+        print(engine, peak_bytes(load_recipe(path, [f"train.engine={engine}"]), world))
+        gc.collect()
+        torch.distributed.barrier()
     leave_process_group()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft_dist import package_files
+from sft_dist import checkpoint, cli, package_files
 from sft_dist.metrics import read_steps
 from tests import tiny
 
@@ -79,62 +79,64 @@ def test_accelerate_torchrun_and_python_draw_one_curve(recipe: Callable[..., Pat
         assert losses(other) == pytest.approx(losses(alone), abs=3e-6)
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(recipe: Callable[..., Path]) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGTERM to a single process: it commits, exits 0, and the next start ends where an undisturbed run ends."""
     whole, stopped = recipe("whole", steps=60), recipe("stopped", steps=60)
-    run("python", "-m", "sft_dist", "train", str(whole))
     process = start("python", "-m", "sft_dist", "train", str(stopped))
-    metrics = stopped.parent / "runs" / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
+    wait_for_steps(process, stopped, 5)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     assert "stopped on request after step" in output
     assert len(losses(stopped)) < 60
-    assert "resumed after step" in run("python", "-m", "sft_dist", "train", str(stopped))
+    assert cli.main(["train", str(stopped)]) == cli.main(["train", str(whole)]) == 0
+    assert "resumed after step" in capsys.readouterr().out
     assert losses(stopped) == losses(whole)
-    attempts = {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()}
-    assert attempts == {1, 2}
+    metrics = stopped.parent / "runs" / "stopped" / "metrics.jsonl"
+    assert {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()} == {1, 2}
 
 
-def test_a_stop_file_stops_all_ranks_at_the_same_step(recipe: Callable[..., Path]) -> None:
-    whole, stopped = recipe("whole2", steps=80), recipe("stopped2", steps=80)
-    torchrun = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "sft_dist", "train")
-    run(*torchrun, str(whole))
-    process = start(*torchrun, str(stopped))
-    directory = stopped.parent / "runs" / "stopped2"
+def wait_for_steps(process: "subprocess.Popen[str]", recipe_path: Path, count: int) -> None:
     deadline = time.monotonic() + 90
-    while not ((directory / "metrics.jsonl").exists() and len(losses(stopped)) >= 3):
+    while len(losses(recipe_path)) < count:
         assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
+
+
+def test_a_stop_file_stops_all_ranks_after_the_same_step(recipe: Callable[..., Path]) -> None:
+    stopped = recipe("stopped2", steps=200)
+    process = start("torchrun", "--standalone", "--nproc_per_node", "2", "-m", "sft_dist", "train", str(stopped))
+    wait_for_steps(process, stopped, 3)
+    directory = stopped.parent / "runs" / "stopped2"
     (directory / "STOP").touch()
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
-    assert 3 <= len(losses(stopped)) < 80
-    run(*torchrun, str(stopped))
-    assert losses(stopped) == losses(whole)
+    done = len(losses(stopped))
+    assert 3 <= done < 200
+    assert [path.name for path in checkpoint.committed(directory / "checkpoints")] == [f"step-{done:08d}"]
 
 
 def test_profile_writes_a_trace_and_a_table(recipe: Callable[..., Path]) -> None:
     path = recipe("profiled", steps=6)
-    run("sft-dist", "train", str(path), "--profile")
+    assert cli.main(["train", str(path), "--profile"]) == 0
     directory = path.parent / "runs" / "profiled" / "profile"
     assert json.loads((directory / "trace.json").read_text())["traceEvents"]
     assert "aten::mm" in (directory / "table.txt").read_text()
 
 
-def test_a_second_run_starts_from_the_store_at_once(recipe: Callable[..., Path]) -> None:
+def test_a_second_run_starts_from_the_store_at_once(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = recipe("prepared")
-    first = run("sft-dist", "prepare", str(path))
+    assert cli.main(["prepare", str(path)]) == 0
+    assert "40 read, 40 kept" in capsys.readouterr().out
     store = next((path.parent / "runs" / "stores").glob("*/tokens.bin"))
     written = store.stat().st_mtime_ns
-    run("sft-dist", "train", str(path))
+    assert cli.main(["train", str(path)]) == 0
     assert store.stat().st_mtime_ns == written
-    assert "40 read, 40 kept" in first
 
 
 def test_the_wheel_runs_the_demo_from_an_empty_directory(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_the_wheel_runs_the_demo_from_an_empty_directory(tmp_path: Path) -> None
     run("python", "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
     empty.mkdir()
     process = subprocess.run(
-        [sys.executable, "-m", "sft_dist", "demo", "--steps", "4"],
+        [sys.executable, "-m", "sft_dist", "demo", "--steps", "4", "--examples", "600"],
         cwd=empty,
         env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"} | NO_COMPILER,
         capture_output=True,

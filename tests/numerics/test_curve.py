@@ -32,7 +32,7 @@ CURVES = [
     Case("zero2", 2, None, loss="token_mean"),
     Case("zero3", 2, ONE_PACK),
     Case("zero3", 2, checkpointing="full"),
-    *[Case(engine, 2, None, rows=TAIL_1) for engine in ("ddp", "zero2", "zero3")],
+    *[Case(engine, 2, ONE_PACK, rows=TAIL_1) for engine in ("ddp", "zero2", "zero3")],
     *losses_of(("ddp", 4, MANY_PACKS), ("zero2", 4, MANY_PACKS), ("zero3", 4, MANY_PACKS)),
     Case("ddp", 4, None),
     Case("zero1", 4, loss="token_mean"),
@@ -52,7 +52,6 @@ GRADIENTS = [
 ]
 EVALUATED = [
     Case("single", 1, eval_every=7),
-    Case("single", 1, None, eval_every=7),
     Case("zero2", 2, eval_every=7),
     Case("zero3", 2, ONE_PACK, eval_every=7),
     Case("ddp", 2, loss="token_mean", eval_every=7),
