@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sft_dist import __version__
 from sft_dist.job import Job
@@ -34,7 +35,7 @@ def show_banner(console: Console, job: Job, *, model: PackedModel, agreement: Ag
         lines["dropout"] = f"{dropout}: the curve is the same only for the same engine, processes and pack_tokens"
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
-        table.add_row(name, text)
+        table.add_row(name, Text(text))  # a path may hold what looks like markup
     console.print(table, highlight=False)
 
 

@@ -116,7 +116,7 @@ def _recipe_path(name: str) -> Path:
 
     path = Path(name)
     shipped = {recipe.stem: recipe for recipe in package_files.recipes()}
-    return path if path.exists() or name not in shipped else shipped[name]
+    return path if path.is_file() or name not in shipped else shipped[name]
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -135,7 +135,8 @@ def _train(arguments: argparse.Namespace) -> int:
         leave_process_group()
     if _is_main():
         if result.finished:
-            print(f"done: step {result.step}, model in {result.model_dir}")
+            withheld = f", {result.num_withheld} updates WITHHELD (gradient not finite)" * bool(result.num_withheld)
+            print(f"done: step {result.step}{withheld}, model in {result.model_dir}")
         else:
             print(f"stopped on request after step {result.step}; the same command goes on from there")
     return 0

@@ -6,13 +6,23 @@ buffer sizes (`configs/deepspeed/*.json` do). Unknown keys are refused with the 
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sft_dist.errors import ConfigError
 
@@ -38,6 +48,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is no number, and `~/x` is the home directory everywhere."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            raise ValueError("true and false are no values of this key")
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
 
 class RunSection(Section):
     name: Annotated[str, AfterValidator(_run_name)] = Field(description="the run's directory is dir/name")
@@ -50,7 +69,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    path: str = Field(description="a directory or a hub id, as `from_pretrained` takes it")
+    path: str = Field(min_length=1, description="a directory or a hub id, as `from_pretrained` takes it")
     revision: str | None = Field(None, description="a hub commit, branch or tag")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model; needs `revision`")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
@@ -73,7 +92,9 @@ class ModelSection(Section):
 
 
 class Source(Section):
-    path: str = Field(description="a file (.jsonl .json .parquet), a folder of such files, or a hub data set id")
+    path: str = Field(
+        min_length=1, description="a file (.jsonl .json .parquet), a folder of them, or a hub data set id"
+    )
     format: RowFormat = Field("auto", description="auto recognises messages, Alpaca and ShareGPT from the rows")
     weight: float = Field(
         1.0,
@@ -161,6 +182,8 @@ class TrainSection(Section):
     def _one_length(self) -> "TrainSection":
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give either train.epochs or train.steps")
+        if self.deepspeed is not None and not self.engine.startswith("zero"):
+            raise ValueError(f"train.deepspeed is a file for the zero engines, and train.engine is {self.engine}")
         return self
 
 
@@ -181,7 +204,7 @@ class Recipe(Section):
         description="example_mean: -1/N sum_i 1/|y_i| sum_t log P. token_mean: every trained token counts the same",
     )
     optim: OptimSection
-    train: TrainSection = TrainSection()
+    train: TrainSection = Field(default_factory=TrainSection)
     wandb: WandbSection | None = None
 
     @property
@@ -197,6 +220,17 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML, safe, that refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `section.key=value` overrides, whose values are YAML too.
 
@@ -204,7 +238,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such recipe; `sft-dist config --list` names those that come with the package"
@@ -253,7 +287,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems:
+        if problem["type"] == "too_short" and len(problems) > 1:
+            continue  # an entry of the list was refused already, and is said below
         location = [str(part) for part in problem["loc"]]
         key = ".".join(location) or "recipe"
         given = problem.get("input")

@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sft_dist import package_files
 from sft_dist.config import Recipe, load_recipe
@@ -35,6 +38,7 @@ from sft_dist.scoring import TemplateScore, score_by_template
 SEED = 0
 NUM_PROCESSES = 2
 JSON_TEMPLATES = ("extraction",)
+MARKER = ".sft_dist_demo"
 LONGEST_ANSWER = 120
 
 
@@ -73,14 +77,13 @@ def run_demo(directory: Path, *, steps: int | None = None, num_train: int | None
 
 def _make_room(directory: Path) -> None:
     """Start afresh, but delete nothing that a demo did not write."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / "recipe.yaml").exists():
+    marker = directory / MARKER
+    if directory.exists() and not (directory.is_dir() and (marker.exists() or not any(directory.iterdir()))):
         raise ConfigError(f"{directory} exists and is not a demo; choose another place with --dir")
-    for name in ("data", "model", "runs", "recipe.yaml"):
-        path = directory / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for name in ("data", "model", "runs"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    marker.write_text("written by sft-dist demo, which may delete what lies beside this file\n", encoding="utf-8")
 
 
 def _write_inputs(directory: Path, *, num_train: int, num_held_out: int) -> DemoFiles:
@@ -94,13 +97,24 @@ def _write_inputs(directory: Path, *, num_train: int, num_held_out: int) -> Demo
 def _write_recipe(directory: Path, steps: int | None) -> Path:
     """The shipped recipe with its paths under `directory`."""
     text = package_files.find("recipes/demo.yaml").read_text(encoding="utf-8")
-    if directory != Path("demo"):
-        text = text.replace("demo/", f"{directory}/")
-    if steps is not None:
-        text = "\n".join(f"  steps: {steps}" if line.startswith("  steps:") else line for line in text.splitlines())
+    if directory != Path("demo") or steps is not None:
+        recipe = _moved(yaml.safe_load(text), directory)
+        recipe["train"]["steps"] = steps or recipe["train"]["steps"]
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     path = directory / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _moved(value: Any, directory: Path) -> Any:
+    """The recipe's values with `demo/...` under another directory."""
+    if isinstance(value, dict):
+        return {key: _moved(item, directory) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, directory) for item in value]
+    return (
+        str(directory / value.removeprefix("demo/")) if isinstance(value, str) and value.startswith("demo/") else value
+    )
 
 
 def _launch_command(recipe: Path) -> list[str]:
@@ -110,7 +124,7 @@ def _launch_command(recipe: Path) -> list[str]:
 
 def _run(command: Sequence[str], console: Console) -> int:
     """Show the command as a user would type it, and run it from this environment with a fair share of the cores."""
-    console.print(f"[bold]$ {shlex.join(command)}[/bold]", highlight=False, soft_wrap=True)
+    console.print(Text(f"$ {shlex.join(command)}", style="bold"), soft_wrap=True)
     program = str(Path(sys.executable).with_name(command[0]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {"OMP_NUM_THREADS": str(max(1, cores // NUM_PROCESSES)), "TOKENIZERS_PARALLELISM": "false"}
@@ -175,4 +189,4 @@ def _show_answer(console: Console, model_dir: Path, held_out: Path) -> None:
     console.print(prompt[-1].content, markup=False, highlight=False)
     console.print(f"model: {answer}   (truth: {truth})", markup=False, highlight=False)
     command = ["sft-dist", "generate", str(model_dir), "--system", prompt[0].content, "--prompt", prompt[-1].content]
-    console.print(f"[bold]$ {shlex.join(command)}[/bold]", highlight=False, soft_wrap=True)
+    console.print(Text(f"$ {shlex.join(command)}", style="bold"), soft_wrap=True)

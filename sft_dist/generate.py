@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sft_dist.data.chat import ChatTokenizer
@@ -21,6 +22,13 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (self.max_new_tokens > 0 and 0 <= self.temperature < 100 and 0 < self.top_p <= 1):
+            raise ConfigError(
+                f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature:g}, top_p={self.top_p:g}: "
+                "use at least one token, a temperature from 0 to 100, and a top_p above 0 and up to 1"
+            )
+
 
 class Answerer:
     """A model directory in Hugging Face format, ready to answer."""
@@ -36,9 +44,12 @@ class Answerer:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         # sdpa honours the padding mask, so a prompt is answered alike alone and in a batch.
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, attn_implementation="sdpa"
-        )
+        try:
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=dtype, attn_implementation="sdpa"
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"{model_dir}: cannot be loaded: {str(error).splitlines()[0]}") from None
         self.model.to(self.device).eval()
 
     def answer(

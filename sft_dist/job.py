@@ -18,7 +18,7 @@ from sft_dist.engine.collectives import choose_device
 from sft_dist.engine.start import resolve_engine, zero_knobs
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.model.attention import Backend, choose_backend
-from sft_dist.model.load import PackedModel, compute_dtype, load_model, read_config
+from sft_dist.model.load import PackedModel, check_context, compute_dtype, load_model, read_config
 from sft_dist.world import World, check_launcher_agrees, read_world
 
 # The check before step 1 runs eager attention, whose memory grows with the square of a document.
@@ -118,6 +118,7 @@ def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
         else None
     )
     section = recipe.model
+    check_context(config, longest_example=max(s.max_length for s in (store, held_out_store) if s is not None))
     return Job(
         recipe=recipe,
         world=world,

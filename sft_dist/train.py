@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from sft_dist import checkpoint
@@ -21,9 +22,10 @@ from sft_dist.data.schedule import CostModel, global_batches
 from sft_dist.engine.collectives import on_main, require_agreement, sum_over_ranks
 from sft_dist.engine.interface import Engine
 from sft_dist.engine.start import start_engine
+from sft_dist.errors import ConfigError
 from sft_dist.evaluate import HeldOutSet, evaluating
 from sft_dist.job import Job, plan_job
-from sft_dist.metrics import HeldOutMetrics, step_metrics
+from sft_dist.metrics import HeldOutMetrics, read_steps, step_metrics
 from sft_dist.model.load import PackedModel, align_generation, export_model
 from sft_dist.model.verify import require_own_loss
 from sft_dist.oom import explained_out_of_memory
@@ -42,6 +44,8 @@ class RunResult:
     step: int
     finished: bool
     model_dir: Path | None
+    num_withheld: int
+    """Steps whose gradient was not finite, over all attempts."""
 
 
 def train_loop(
@@ -91,6 +95,8 @@ def train_loop(
         if is_end or num_asked or is_due(recipe.train.save_every, batch.step):
             checkpoint.commit(engine, state, recipe.run.path / "checkpoints", keep=recipe.train.keep_checkpoints)
         if num_asked:
+            if engine.world.is_main:
+                (recipe.run.path / STOP_FILE).unlink(missing_ok=True)  # obeyed
             break
         started = time.perf_counter()
     return state
@@ -104,6 +110,7 @@ def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool 
     torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(recipe.run.seed)
     with (
+        _only_run_in(recipe.run.path, job.world),
         StopRequest() as stop,
         explained_out_of_memory(
             packing=recipe.batch.packing,
@@ -130,7 +137,28 @@ def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool 
         finished = state.step == job.schedule.num_steps
         model_dir = _export(engine, job) if finished else None
         engine.close()
-    return RunResult(state.step, finished, model_dir)
+    steps = read_steps(recipe.run.path / "metrics.jsonl") if job.world.is_main else {}
+    return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
+
+
+@contextlib.contextmanager
+def _only_run_in(directory: Path, world: World) -> Iterator[None]:
+    """Hold the run directory's lock on rank 0. Raises ConfigError when another job holds it."""
+    if not world.is_main:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{directory}: another process is training here; wait for it, or choose another run.name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def seed_forward(seed: int, step: int, rank: int, micro_index: int) -> None:
@@ -239,7 +267,6 @@ def _record_attempt(recipe: Recipe, world: World) -> int:
     """Count this start in run.json, beside the resolved recipe. Attempts count from 1; only rank 0 counts."""
     path = recipe.run.path / "run.json"
     recipe.run.path.mkdir(parents=True, exist_ok=True)
-    (recipe.run.path / STOP_FILE).unlink(missing_ok=True)
     attempt = 1 + (json.loads(path.read_text(encoding="utf-8"))["attempts"] if path.exists() else 0)
     writing = path.with_suffix(".tmp")
     writing.write_text(json.dumps({"attempts": attempt, "world_size": world.size}), encoding="utf-8")

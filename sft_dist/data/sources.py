@@ -444,6 +444,9 @@ def _turn(turn: Any, where: str, *, keys: tuple[str, str], roles: Mapping[str, s
         )
     turn = _without_nulls(turn)
     _refuse_fields(turn, TURN_FIELDS_REFUSED, where)
+    for key in ("weight", "train"):
+        if turn.get(key) not in (None, 1):  # True == 1
+            raise _Refused("unsupported_field", f"{where} has {key}={turn[key]!r}; all turns train")
     for key in keys:
         if key not in turn:
             raise _Refused("bad_structure", f"{where} has no {key!r}; its keys are {_keys(turn)}")

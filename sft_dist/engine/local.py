@@ -66,11 +66,11 @@ class LocalEngine:
         grads = [master.grad for master in masters if master.grad is not None]
         if self.world.size > 1:
             _sum_in_buckets(grads)
-        norm = nn.utils.get_total_norm(grads)
+        norm = _global_norm(grads)
         grad_norm = float(norm)
         applied = bool(torch.isfinite(norm))
         if applied:
-            nn.utils.clip_grads_with_norm_(masters, self._max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(masters, self._max_grad_norm, norm.float())
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -124,6 +124,16 @@ class LocalEngine:
         for name, weight in self._weights.items():
             if weight is not self._masters[name]:
                 weight.copy_(self._masters[name])
+
+
+def _global_norm(grads: list[Tensor]) -> Tensor:
+    """L2 norm over all gradients, scalar fp64.
+
+    torch's fp32 norm of one large tensor on a CPU is off by 1e-5 at a million elements and 1e-3 at thirty million.
+    """
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def _sum_in_buckets(grads: list[Tensor]) -> None:

@@ -43,6 +43,9 @@ def read_zero_knobs(path: Path, *, engine: str) -> dict[str, Any]:
         knobs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a DeepSpeed file: {error}") from None
+    zero = knobs.get("zero_optimization") if isinstance(knobs, dict) else None
+    if not isinstance(zero, dict):
+        raise ConfigError(f"{path}: not a DeepSpeed file: it needs an object with the key 'zero_optimization'")
     for key in knobs:
         if key in RECIPE_KEYS:
             raise ConfigError(
@@ -51,7 +54,6 @@ def read_zero_knobs(path: Path, *, engine: str) -> dict[str, Any]:
             )
         if key not in FILE_KEYS:
             raise ConfigError(f"{path}: {key!r} is not a ZeRO knob; this file may hold {', '.join(sorted(FILE_KEYS))}")
-    zero = knobs.get("zero_optimization", {})
     stage = zero.get("stage")
     if f"zero{stage}" != engine.split("_")[0]:
         raise ConfigError(

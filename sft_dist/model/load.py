@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -89,6 +90,16 @@ def read_config(section: ModelSection) -> PretrainedConfig:
     return config
 
 
+def check_context(config: PretrainedConfig, *, longest_example: int) -> None:
+    """Raise ConfigError when an example is longer than the positions the model has."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions is not None and longest_example > positions:
+        raise ConfigError(
+            f"the longest example has {longest_example} tokens, the model {positions} positions; "
+            f"set data.max_tokens={positions} to drop longer ones"
+        )
+
+
 def _rope_type(parameters: object) -> str | None:
     """The rope type of a config entry, which may hold one entry per kind of layer."""
     if not isinstance(parameters, dict):
@@ -113,21 +124,27 @@ def load_model(
     Raises ConfigError when there is no such model, BackendError when its attention cannot be replaced.
     """
     try:
-        causal_lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        causal_lm, info = AutoModelForCausalLM.from_pretrained(
             section.path,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
             dtype=dtype,
             attn_implementation=register(backend),
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise ConfigError(f"model.path={section.path!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    except ValueError as error:
-        if "attention" not in str(error).lower():
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "memory" in str(error).lower():
             raise
-        raise BackendError(
-            f"model.path={section.path!r}: its attention cannot be replaced, so documents would leak: {error}"
-        ) from None
+        if isinstance(error, ValueError) and "attention" in str(error).lower():
+            raise BackendError(
+                f"model.path={section.path!r}: its attention cannot be replaced, so documents would leak: {error}"
+            ) from None
+        raise ConfigError(f"model.path={section.path!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"model.path={section.path!r}: {len(missing)} weights are missing and would start at random, "
+            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; the files do not fit config.json"
+        )
     grow_vocabulary(causal_lm, num_tokens=num_tokens, added_token_ids=added_token_ids)
     if section.checkpointing == "full":
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed
 import yaml
+from filelock import FileLock
 
 from sft_dist import cli, package_files
 from tests import tiny
@@ -156,6 +157,54 @@ def test_an_engine_for_one_process_started_as_two(
         monkeypatch.setenv(key, value)
     (line,) = fails(recipe(), capsys, "train.engine=single")
     assert "train.engine=single was started as 2 processes" in line
+
+
+def test_a_model_with_missing_weights(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny.write_model(tmp_path / "short")
+    config = json.loads((path / "config.json").read_text())
+    deeper = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (path / "config.json").write_text(json.dumps(config | deeper))
+    (line,) = fails(recipe(model={"path": str(path)}), capsys)
+    assert "12 weights are missing and would start at random, model.layers.2." in line
+
+
+def test_a_model_without_config_or_with_broken_weights(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny.write_model(tmp_path / "broken")
+    (path / "model.safetensors").write_bytes(b"no weights")
+    (line,) = fails(recipe(model={"path": str(path)}), capsys)
+    assert "cannot be loaded" in line
+    (path / "config.json").unlink()
+    (line,) = fails(recipe(model={"path": str(path)}), capsys)
+    assert "no model config" in line
+
+
+def test_a_context_shorter_than_an_example(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny.write_model(tmp_path / "small", max_position_embeddings=32)
+    (line,) = fails(recipe(model={"path": str(path)}), capsys)
+    assert "the model 32 positions; set data.max_tokens=32" in line
+
+
+def test_a_second_job_in_a_run_directory(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    with FileLock(tmp_path / "runs" / "r" / ".lock"):
+        (line,) = fails(recipe(), capsys)
+    assert "another process is training here" in line
+
+
+def test_the_demo_deletes_nothing_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "recipe.yaml").write_text("mine")
+    assert cli.main(["demo", "--dir", str(tmp_path)]) == 2
+    assert "exists and is not a demo" in capsys.readouterr().err
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
 
 
 def test_a_model_whose_logits_disagree(

@@ -65,6 +65,9 @@ def test_overrides_are_yaml(minimal: Path) -> None:
         ("optim.min_lr=1", r"optim\.min_lr=1 is above optim\.lr"),
         ("model.trust_remote_code=true", r"needs model\.revision"),
         ("data.train=[]", r"data\.train"),
+        ("data.train=''", r"data\.train\.0\.path=''"),
+        ("optim.lr=true", r"optim\.lr=True: true and false are no values of this key"),
+        ("train.deepspeed=z.json", r"train\.deepspeed is a file for the zero engines"),
         ("oops", r"not of the form section\.key=value"),
     ],
 )  # fmt: skip
@@ -81,7 +84,13 @@ def test_a_missing_key_is_named(minimal: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "mapping of sections"), ("", "mapping of sections")]
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("run: {name: a, name: b}", "key 'name' is given twice"),
+        ("- 1", "mapping of sections"),
+        ("", "mapping of sections"),
+    ],
 )
 def test_what_is_not_a_recipe_is_said_to_be_none(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
@@ -131,3 +140,11 @@ def test_a_zero_file_that_says_what_the_recipe_says_is_refused(tmp_path: Path) -
 def test_origin_is_named(minimal: Path) -> None:
     with pytest.raises(ConfigError, match="elsewhere: "):
         parse_recipe({}, origin="elsewhere")
+
+
+def test_the_home_directory_is_meant_everywhere(minimal: Path) -> None:
+    recipe = load_recipe(minimal, ["model.path=~/m", "run.dir=~/runs", "data.train=~/t.jsonl"])
+    home = str(Path.home())
+    assert recipe.model.path.startswith(home)
+    assert str(recipe.run.dir).startswith(home)
+    assert recipe.data.train[0].path.startswith(home)
