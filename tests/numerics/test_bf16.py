@@ -41,6 +41,6 @@ def test_layouts_spread_a_bf16_curve_at_most_twice_as_much_as_orders_do(case: Ca
     ids=lambda case: case.run_name,
 )
 def test_zero_adds_bf16_gradients_up_in_fp32(case: Case, lab: Lab) -> None:
-    """256 times a gradient, then 40 times 1: a bf16 sum stays at 256 times it, an fp32 sum reaches 296."""
+    """256 times a gradient, then 16 times 1: a bf16 sum stays at 256 times it, an fp32 sum reaches 272."""
     once, summed = json.loads((lab.run_dir(case) / "norms.json").read_text())
-    assert summed / once == pytest.approx(296, rel=1e-4)
+    assert summed / once == pytest.approx(272, rel=1e-4)

@@ -10,7 +10,6 @@ from tests.numerics.lab import Case, Lab
 EXPORTED = [
     Case("zero3", 2, checks=("in_memory",)),
     Case("zero2", 2, checks=("in_memory",)),
-    Case("ddp", 2, checks=("in_memory",)),
 ]
 
 

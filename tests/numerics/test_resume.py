@@ -4,10 +4,10 @@ import pytest
 
 from tests.numerics.lab import STEPS, Case, Lab
 
-# Epochs end at steps 4, 8, 12 and 16: every step of the first epoch and across its end, then mid-epoch, end, last.
+# Epochs end at steps 4, 8, 12 and 16: every step of the first epoch and across its end, then mid-epoch and end.
 RESUMED = [
-    *[Case("single", 1, resumed_at=step) for step in (1, 2, 3, 4, 5, 11, STEPS - 1)],
-    *[Case(engine, 2, resumed_at=step) for engine in ("ddp", "zero2", "zero3") for step in (6, 8, STEPS - 1)],
+    *[Case("single", 1, resumed_at=step) for step in (1, 2, 3, 4, 5, STEPS - 1)],
+    *[Case(engine, 2, resumed_at=step) for engine in ("ddp", "zero2", "zero3") for step in (6, 8)],
 ]
 
 

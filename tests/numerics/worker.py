@@ -9,7 +9,7 @@ parameter's local shard must be 1/world of it before and after each step. Checks
     poisoned   step 3 has infinite weights on the last rank; training ends after step 5
     gradients  the summed gradient of step 1 is written to <run>/gradients.safetensors, and nothing is trained
     reversed   the documents of every pack in the opposite order; rotated: the last one first
-    accumulates  gradient norms of a micro-batch, and of 256 times it, then 40 times it, go to <run>/norms.json
+    accumulates  gradient norms of a micro-batch, and of 256 times it, then 16 times it, go to <run>/norms.json
     in_memory  the trained model's logits on a fixed input, computed by the engine, are written to <run>/logits.pt
 """
 
@@ -96,7 +96,7 @@ def assert_sharded(engine: Any) -> None:
 
 def write_norms(engine: Any, micro: Any, directory: Path) -> None:
     norms = []
-    for scales in ([1], [256] + [1] * 40):
+    for scales in ([1], [256] + [1] * 16):
         for index, scale in enumerate(scales):
             with engine.accumulate(is_last=index == len(scales) - 1):
                 engine.backward(engine(micro) * scale)
