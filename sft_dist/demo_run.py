@@ -66,12 +66,11 @@ def run_demo(directory: Path, *, steps: int | None = None, num_train: int | None
         if code:
             return code
     console.rule("4/4  answers on held-out prompts, before and after")
-    before, after = (
-        _score(model_dir, files.held_out) for model_dir in (directory / "model", recipe.run.path / "model")
-    )
+    exported = Answerer(recipe.run.path / "model")
+    before, after = (_score(answerer, files.held_out) for answerer in (Answerer(directory / "model"), exported))
     _show_scores(console, before, after)
     _show_summary(console, recipe, directory, seconds=time.perf_counter() - started)
-    _show_answer(console, recipe.run.path / "model", files.held_out)
+    _show_answer(console, exported, recipe.run.path / "model", files.held_out)
     return 0
 
 
@@ -142,9 +141,9 @@ def _read_rows(held_out: Path) -> list[tuple[str, list[Message], str]]:
     return rows
 
 
-def _score(model_dir: Path, held_out: Path) -> dict[str, TemplateScore]:
+def _score(answerer: Answerer, held_out: Path) -> dict[str, TemplateScore]:
     templates, prompts, truths = zip(*_read_rows(held_out), strict=True)
-    answers = list(Answerer(model_dir).answer(prompts, sampling=Sampling(max_new_tokens=LONGEST_ANSWER)))
+    answers = list(answerer.answer(prompts, sampling=Sampling(max_new_tokens=LONGEST_ANSWER)))
     return score_by_template(templates, answers, truths, json_templates=JSON_TEMPLATES)
 
 
@@ -181,10 +180,10 @@ def _show_summary(console: Console, recipe: Recipe, directory: Path, *, seconds:
     console.print(table)
 
 
-def _show_answer(console: Console, model_dir: Path, held_out: Path) -> None:
+def _show_answer(console: Console, answerer: Answerer, model_dir: Path, held_out: Path) -> None:
     """One held-out question through the exported model, and the command for more."""
     _, prompt, truth = next(row for row in _read_rows(held_out) if row[0] == "closed_qa")
-    answer = next(Answerer(model_dir).answer([prompt], sampling=Sampling(max_new_tokens=LONGEST_ANSWER)))
+    answer = next(answerer.answer([prompt], sampling=Sampling(max_new_tokens=LONGEST_ANSWER)))
     console.rule("a held-out question")
     console.print(prompt[-1].content, markup=False, highlight=False)
     console.print(f"model: {answer}   (truth: {truth})", markup=False, highlight=False)

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from sft_dist.config import LossName
 from sft_dist.data.batch import build_micro_batch, token_weights
-from sft_dist.data.schedule import CostModel, spread
+from sft_dist.data.schedule import CostModel, Pack, spread
 from sft_dist.data.store import TokenStore
 from sft_dist.engine.collectives import sum_over_ranks
 from sft_dist.engine.interface import Engine
@@ -40,23 +41,28 @@ class HeldOutSet:
     loss: LossName
     pack_tokens: int | None
     cost: CostModel
+    world_size: int
+
+    @cached_property
+    def micro_steps(self) -> tuple[tuple[Pack, ...], ...]:
+        """micro_steps[m][rank]: the pack that `rank` measures in micro-step m."""
+        layout, _ = spread(
+            np.arange(len(self.store)),
+            lengths=self.store.lengths,
+            num_responses=self.store.num_responses,
+            world_size=self.world_size,
+            pack_tokens=self.pack_tokens,
+            cost=self.cost,
+        )
+        return layout
 
     def loss_of(self, engine: Engine) -> float:
         """Held-out loss in nats, the same on every rank. Touches neither gradients nor random state."""
         store, rank = self.store, engine.world.rank
-        ids = np.arange(len(store))
         weights = token_weights(np.asarray(store.num_responses), loss=self.loss)
         weight_of = dict(enumerate(weights.tolist()))
-        micro_steps, _ = spread(
-            ids,
-            lengths=store.lengths,
-            num_responses=store.num_responses,
-            world_size=engine.world.size,
-            pack_tokens=self.pack_tokens,
-            cost=self.cost,
-        )
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         with evaluating(engine.model):
-            for row in micro_steps:
+            for row in self.micro_steps:
                 total += engine(build_micro_batch(store, row[rank], weight_of, is_last=False).to(engine.device))
         return float(sum_over_ranks(total))

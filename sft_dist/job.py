@@ -118,8 +118,7 @@ def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
         else None
     )
     section = recipe.model
-    check_context(config, longest_example=max(s.max_length for s in (store, held_out_store) if s is not None))
-    return Job(
+    job = Job(
         recipe=recipe,
         world=world,
         engine_name=engine_name,
@@ -133,6 +132,8 @@ def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
         schedule=_build_schedule(recipe, store),
         start_from=_find_checkpoint(recipe, resume=resume),
     )
+    check_context(config, longest_example=job.longest_example)
+    return job
 
 
 def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int | None:

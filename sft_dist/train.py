@@ -179,8 +179,8 @@ def stop_requested(stop: StopRequest, recipe: Recipe, world: World) -> bool:
     return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).exists())
 
 
-def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, attempt: int) -> float:
-    """Log and return the held-out loss after `step` updates."""
+def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, attempt: int) -> None:
+    """Log the held-out loss after `step` updates."""
     started = time.perf_counter()
     loss = held_out.loss_of(engine)
     store = held_out.store
@@ -193,7 +193,6 @@ def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, tracker
         attempt=attempt,
     )
     trackers.log(metrics)
-    return loss
 
 
 def _train(
@@ -205,7 +204,7 @@ def _train(
     attempt = on_main(functools.partial(_record_attempt, recipe, job.world), world=job.world, device=job.device) or 0
     held_out = None
     if job.held_out_store is not None:
-        held_out = HeldOutSet(job.held_out_store, recipe.loss, job.pack_tokens, cost)
+        held_out = HeldOutSet(job.held_out_store, recipe.loss, job.pack_tokens, cost, job.world.size)
     batches = global_batches(
         job.schedule, first_step=state.step + 1, world_size=job.world.size, pack_tokens=job.pack_tokens, cost=cost
     )
@@ -266,7 +265,6 @@ def _resume(engine: Engine, path: Path, expected: RunState) -> RunState:
 def _record_attempt(recipe: Recipe, world: World) -> int:
     """Count this start in run.json, beside the resolved recipe. Attempts count from 1; only rank 0 counts."""
     path = recipe.run.path / "run.json"
-    recipe.run.path.mkdir(parents=True, exist_ok=True)
     attempt = 1 + (json.loads(path.read_text(encoding="utf-8"))["attempts"] if path.exists() else 0)
     writing = path.with_suffix(".tmp")
     writing.write_text(json.dumps({"attempts": attempt, "world_size": world.size}), encoding="utf-8")

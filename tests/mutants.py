@@ -228,7 +228,7 @@ MUTANTS = [
         "evaluate.py",
         "total += engine(build_micro_batch(store, row[rank], weight_of, is_last=False).to(engine.device))",
         "micro = build_micro_batch(store, row[rank], weight_of, is_last=False).to(engine.device)\n"
-        "                total += engine(micro) / (micro.weights.sum() * len(micro_steps))",
+        "                total += engine(micro) / (micro.weights.sum() * len(self.micro_steps))",
         f"{CURVE}::test_held_out_loss_is_the_same_on_every_layout[single-packs-example_mean-r103-eval7-w1]",
     ),
     # ------------------------------------------------------------ schedule

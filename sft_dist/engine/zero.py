@@ -19,7 +19,7 @@ from torch import Tensor
 from sft_dist.data.batch import MicroBatch
 from sft_dist.engine.interface import MakeOptimizer, StepResult
 from sft_dist.errors import BackendError, CheckpointError, ConfigError
-from sft_dist.model.load import PackedModel
+from sft_dist.model.load import PackedModel, whole
 from sft_dist.world import World
 
 STATE_TAG = "deepspeed"
@@ -137,25 +137,18 @@ class ZeroEngine:
                 sums[key] = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        import deepspeed
-
         causal_lm = self.model.causal_lm
-        whole: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         for parameter in causal_lm.parameters():
             # One parameter at a time: no rank ever holds the whole model on its device.
-            gathered = (
-                deepspeed.zero.GatheredParameters([parameter])
-                if hasattr(parameter, "ds_id")
-                else contextlib.nullcontext()
-            )
-            with gathered:
+            with whole(parameter):
                 if self.world.is_main:
-                    whole[id(parameter)] = parameter.detach().cpu().clone()
+                    values[id(parameter)] = parameter.detach().cpu().clone()
         if not self.world.is_main:
             return {}
         names = causal_lm.named_parameters(remove_duplicate=False)
         persistent = {n: b.detach().cpu() for n, b in causal_lm.named_buffers() if n in causal_lm.state_dict()}
-        return {name: whole[id(parameter)] for name, parameter in names} | persistent
+        return {name: values[id(parameter)] for name, parameter in names} | persistent
 
     def save(self, directory: Path) -> None:
         self.deepspeed.save_checkpoint(str(directory), tag=STATE_TAG, save_latest=False)

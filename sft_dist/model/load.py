@@ -162,7 +162,7 @@ def grow_vocabulary(causal_lm: PreTrainedModel, *, num_tokens: int, added_token_
         return
     matrices = {id(m.weight): m.weight for m in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())}
     for weight in matrices.values():
-        with _whole(weight), torch.no_grad():
+        with whole(weight, modify=True), torch.no_grad():
             new = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
             new[list(added_token_ids)] = True
             weight[new] = weight[~new].float().mean(0).to(weight.dtype)
@@ -204,11 +204,16 @@ def _is_partitioned(causal_lm: PreTrainedModel) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in causal_lm.parameters())
 
 
-def _whole(weight: nn.Parameter) -> AbstractContextManager[Any]:
-    """The full weight for a moment, whoever holds it; under ZeRO-3 every rank writes, and rank 0's is kept."""
+def whole(weight: nn.Parameter, *, modify: bool = False) -> AbstractContextManager[Any]:
+    """The full weight for a moment, on every rank, whoever holds it.
+
+    modify: what is written is kept; under ZeRO-3 every rank writes, and rank 0's is kept.
+    """
     if not hasattr(weight, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed
 
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        [weight], modifier_rank=0 if modify else None
+    )
     return gathered
