@@ -195,7 +195,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from sft_dist.data.sources import Message
+    from sft_dist.data.conversation import Message
     from sft_dist.generate import Answerer, Sampling
 
     answerer = Answerer(arguments.model)

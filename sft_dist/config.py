@@ -30,8 +30,9 @@ ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_o
 EngineName = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 LossName = Literal["example_mean", "token_mean"]
 ScheduleName = Literal["cosine", "linear", "constant"]
-RowFormat = Literal["auto", "messages", "alpaca", "sharegpt"]
+RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
 
+ORDERS = ("shuffle", "source", "response_length")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -41,6 +42,15 @@ def _run_name(name: str) -> str:
             "use letters, digits, '.', '_' and '-', starting with a letter or digit, at most 100 characters"
         )
     return name
+
+
+def _order(order: str) -> str:
+    if order not in ORDERS and not re.fullmatch(r"field:\S+", order):
+        raise ValueError(f"expected one of {', '.join(ORDERS)}, or field:NAME")
+    return order
+
+
+Order = Annotated[str, AfterValidator(_order)]
 
 
 class Section(BaseModel):
@@ -93,14 +103,18 @@ class ModelSection(Section):
 
 class Source(Section):
     path: str = Field(
-        min_length=1, description="a file (.jsonl .json .parquet), a folder of them, or a hub data set id"
+        min_length=1,
+        description="a file (.jsonl .json .csv, also .gz or .zst; .parquet), a folder, a glob, or a hub data set id",
     )
-    format: RowFormat = Field("auto", description="auto recognises messages, Alpaca and ShareGPT from the rows")
+    format: RowFormat = Field("auto", description="auto recognises the format from the rows and says which")
     weight: float = Field(
         1.0,
         gt=0,
         le=1000,
         description="copies of the source in an epoch: floor(weight), plus a seeded subset for the fraction",
+    )
+    cap: int | None = Field(
+        None, ge=1, description="at most this many examples of the source in an epoch, another seeded subset each time"
     )
     split: str = Field("train", description="split of a hub data set")
     revision: str | None = Field(None, description="revision of a hub data set")
@@ -109,16 +123,46 @@ class Source(Section):
 class DataSection(Section):
     train: tuple[Source, ...] = Field(min_length=1, description="what is trained on")
     held_out: tuple[Source, ...] = Field((), description="what the loss is measured on during the run; never trained")
+    held_out_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="or: hold this share of data.train out. Rows with equal prompts always fall on the same side",
+    )
+    held_out_seed: int = Field(0, ge=0, lt=2**31, description="which rows data.held_out_share holds out")
+    order: Order = Field(
+        "shuffle",
+        description="shuffle: a new permutation each epoch. Easy first: source, response_length, or field:NAME, "
+        "a number in each row; draws that are equally easy are shuffled",
+    )
+    turns: Literal["all", "last"] = Field("all", description="which assistant turns train")
+    control_tokens: Literal["neutralise", "error", "trust"] = Field(
+        "neutralise",
+        description="control tokens in the text of a row: encode them as text, refuse the row, or let them be control",
+    )
     max_tokens: int = Field(
         4096, ge=2, le=2**24, description="examples longer than this are too long; part of the data fingerprint"
     )
-    too_long: Literal["drop", "error"] = Field("drop", description="drop: counted and reported")
+    too_long: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="drop: counted and reported. truncate: leave the oldest turns out until the rest fits"
+    )
     bad_rows: Literal["error", "drop"] = Field(
         "error", description="error: the first 20 bad rows are listed and nothing is trained"
     )
     chat_template: Path | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
     store: Path | None = Field(None, description="where tokenised data is kept; default: <run.dir>/stores")
     workers: int | None = Field(None, ge=1, le=1024, description="tokeniser processes; default: one per core")
+
+    @property
+    def difficulty_field(self) -> str | None:
+        """The field of each row that a curriculum sorts by, if the order names one."""
+        return self.order.removeprefix("field:") if self.order.startswith("field:") else None
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> "DataSection":
+        if self.held_out and self.held_out_share:
+            raise ValueError("give either data.held_out or data.held_out_share")
+        return self
 
     @field_validator("train", "held_out", mode="before")
     @classmethod

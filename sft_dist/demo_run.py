@@ -19,7 +19,7 @@ from rich.text import Text
 from sft_dist import package_files
 from sft_dist.config import Recipe, load_recipe
 from sft_dist.console import make_console
-from sft_dist.data.sources import Message
+from sft_dist.data.conversation import Message
 from sft_dist.demo.dataset import (
     NUM_HELD_OUT,
     NUM_TRAIN,

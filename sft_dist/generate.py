@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sft_dist.data.chat import ChatTokenizer
-from sft_dist.data.sources import Message
+from sft_dist.data.conversation import Message
 from sft_dist.errors import ConfigError
 from sft_dist.quiet import quiet_libraries
 

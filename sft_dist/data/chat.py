@@ -8,48 +8,30 @@ header that the template writes before an answer, learned once, gives its start.
 Needs `tokenizers` and `jinja2` only: transformers' AutoTokenizer would import torch into every tokeniser process.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import numpy as np
 import xxhash
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer
 
-from sft_dist.data.sources import BadRow, Conversation, Message, Origin
+from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, Refused
+from sft_dist.data.template import CHATML, compile_template
+from sft_dist.data.tokenizer_files import (
+    encoder_of,
+    final_files,
+    install_chatml,
+    own_template,
+    parse_tokenizer,
+    read_files,
+    read_json,
+    read_template,
+    special_tokens,
+)
 from sft_dist.errors import ConfigError, DataError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-FIXED_DATE = datetime(2024, 7, 26)
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Supplementary private-use planes: characters no text should hold. If a conversation does, the other plane is taken.
 SENTINEL_PLANES = (0xF0000, 0x100000)
 SENTINELS_PER_PLANE = 0xFFFE
@@ -117,38 +99,30 @@ class _Tokens:
         return Example(np.asarray(self.ids, dtype=np.int32), is_response, origin)
 
 
-class _NotVerified(Exception):
-    """Says why a row cannot be masked; becomes a BadRow in `ChatTokenizer.encode`."""
-
-    def __init__(self, cause: str, reason: str) -> None:
-        super().__init__(reason)
-        self.cause, self.reason = cause, reason
-
-
 class ChatTokenizer:
     """A tokenizer and its chat template. Make one with `load`."""
 
     def __init__(self, files: Mapping[str, bytes], *, name: str, chat_template: str | None = None) -> None:
         """files: name -> content of the tokenizer files. chat_template: replaces the files' own template."""
         self.name = name
-        self._tokenizer = _parse_tokenizer(files, name)
-        config = _read_json(files, "tokenizer_config.json", name)
-        special_map = _read_json(files, "special_tokens_map.json", name)
-        template = chat_template if chat_template is not None else _own_template(files, config, name)
-        specials = _special_tokens(config, special_map)
+        self._tokenizer = parse_tokenizer(files, name)
+        config = read_json(files, "tokenizer_config.json", name)
+        special_map = read_json(files, "special_tokens_map.json", name)
+        template = chat_template if chat_template is not None else own_template(files, config, name)
+        specials = special_tokens(config, special_map)
         self.added_chatml = template is None
         self.added_token_ids: tuple[int, ...] = ()  # tokens that the model has never seen
         if template is None:
             template = CHATML
             known = self._tokenizer.get_vocab_size(with_added_tokens=True)
-            specials |= _install_chatml(self._tokenizer, specials)
+            specials |= install_chatml(self._tokenizer, specials)
             self.added_token_ids = tuple(range(known, self._tokenizer.get_vocab_size(with_added_tokens=True)))
         self.template, self.specials = template, specials
-        self.files = _final_files(
+        self.files = final_files(
             files, self._tokenizer if self.added_chatml else None, config, special_map, specials, template
         )
-        self._compiled = _compile(template, name)
-        self._encoder = _encoder(self._tokenizer)
+        self._compiled = compile_template(template, name)
+        self._encoder = encoder_of(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token.content: number for number, token in added.items()}
         # Control tokens, which no message may contain; other added tokens (<think>) are words like any other.
@@ -171,10 +145,8 @@ class ChatTokenizer:
         Without any template ChatML is installed, which may add tokens: see `added_chatml` and `num_tokens`.
         Raises ConfigError if there is no tokenizer.json, a file cannot be parsed, or the template cannot be used.
         """
-        files = _read_files(path, revision)
-        return cls(
-            files, name=str(path), chat_template=None if chat_template is None else _read_template(chat_template)
-        )
+        files = read_files(path, revision)
+        return cls(files, name=str(path), chat_template=None if chat_template is None else read_template(chat_template))
 
     @property
     def num_tokens(self) -> int:
@@ -213,14 +185,14 @@ class ChatTokenizer:
         """The template's text for these messages. Raises DataError if the template refuses them."""
         try:
             return self._render([(message.role, message.content) for message in messages], add_generation_prompt)
-        except _NotVerified as error:
+        except Refused as error:
             raise DataError(f"{self.name}: {error.reason}") from None
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids to generate from: the messages and the generation prompt. Raises DataError for a forged control token."""
         try:
             self._refuse_control_tokens(messages)
-        except _NotVerified as error:
+        except Refused as error:
             raise DataError(f"{error.reason}; remove it from the message") from None
         return self._encoder.encode(self.render(messages, add_generation_prompt=True), add_special_tokens=False).ids
 
@@ -247,7 +219,7 @@ class ChatTokenizer:
         try:
             self._refuse_control_tokens(conversation.messages)
             return self._mark(conversation)
-        except _NotVerified as error:
+        except Refused as error:
             return BadRow(conversation.origin, error.cause, error.reason)
 
     def _mark(self, conversation: Conversation) -> _Rendered:
@@ -260,7 +232,7 @@ class ChatTokenizer:
             marked[turn][1] = _append(messages[turn].content, sentinel)
         text, positions = _take_out(self._render([(role, content) for role, content in marked]), sentinels)
         if text != self._render([(message.role, message.content) for message in messages]):
-            raise _NotVerified("mask_not_verified", "the template renders an answer differently when its end is marked")
+            raise Refused("mask_not_verified", "the template renders an answer differently when its end is marked")
         _check_nothing_dropped(messages, text)
         spans, low = [], 0
         for turn, position in zip(turns, positions, strict=True):
@@ -275,15 +247,15 @@ class ChatTokenizer:
         """[start, end) of the answer that ends at `position` and begins after `low`: from header through stop token."""
         header, prompt = self.markers.header, self.markers.generation_prompt
         if header in answer:
-            raise _NotVerified(
+            raise Refused(
                 "mask_not_verified", f"an answer contains {header!r}, by which the template announces an answer"
             )
         found = text.rfind(header, low, position)
         if found < 0:
-            raise _NotVerified("mask_not_verified", f"the template writes an answer without {header!r} before it")
+            raise Refused("mask_not_verified", f"the template writes an answer without {header!r} before it")
         stop = self._stop.match(text, position)
         if stop is None:
-            raise _NotVerified(
+            raise Refused(
                 "mask_not_verified", f"no stop token follows an answer; expected {' or '.join(self.markers.stops)}"
             )
         # Templates that open a thinking block in the generation prompt leave it out before earlier answers.
@@ -295,14 +267,14 @@ class ChatTokenizer:
         decoded = [next(texts) for _ in tokens.ranges]
         try:
             self._verify(item, tokens, decoded)
-        except _NotVerified as error:
+        except Refused as error:
             return BadRow(item.origin, error.cause, error.reason)
         return tokens.example(item.origin)
 
     def _verify(self, item: _Rendered, tokens: "_Tokens", texts: Sequence[str]) -> None:
         """Raise unless each masked span decodes to its text, holds the answer's words and ends in a stop token."""
         if not tokens.ranges or tokens.ranges[0][0] == 0:
-            raise _NotVerified(
+            raise Refused(
                 "mask_not_verified",
                 "the first token would be a response; it has nothing before it to be predicted from",
             )
@@ -310,23 +282,21 @@ class ChatTokenizer:
             tokens.ranges, item.spans, item.answers, texts, strict=True
         ):
             if first >= last or tokens.ids[last - 1] not in self._template_stop_ids:
-                raise _NotVerified("mask_not_verified", "a response does not end in a stop token")
+                raise Refused("mask_not_verified", "a response does not end in a stop token")
             # A token may begin in the white space that ends the generation prompt: "\n" + "\nyes" is one "\n\n".
             begin = min(start, tokens.offsets[first][0])
             if item.text[begin:start].strip():
-                raise _NotVerified(
+                raise Refused(
                     "mask_not_verified", f"a token joins {item.text[begin:start]!r} of the prompt with the response"
                 )
             span = item.text[begin:end]
             if not self._same_text(decoded, span):
-                raise _NotVerified(
-                    "mask_not_verified", f"the trained tokens decode to {_clip(decoded)}, not {_clip(span)}"
-                )
+                raise Refused("mask_not_verified", f"the trained tokens decode to {clip(decoded)}, not {clip(span)}")
             body = self._stop_at_end.sub("", span).rstrip()
             if not body.endswith(_words(answer)):
-                raise _NotVerified(
+                raise Refused(
                     "mask_not_verified",
-                    f"the response {_clip(body)} does not end with the answer {_clip(_words(answer))}",
+                    f"the response {clip(body)} does not end with the answer {clip(_words(answer))}",
                 )
 
     def _same_text(self, decoded: str, span: str) -> bool:
@@ -353,14 +323,14 @@ class ChatTokenizer:
                 **self.specials,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise _NotVerified(
-                "template_refused", f"the chat template refuses this conversation: {_clip(str(error))}"
+            raise Refused(
+                "template_refused", f"the chat template refuses this conversation: {clip(str(error))}"
             ) from None
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for index, message in enumerate(messages):
             if found := self._control.search(message.content):
-                raise _NotVerified(
+                raise Refused(
                     "control_token",
                     f"turn {index + 1} ({message.role}) contains {found.group()!r}, which would become a control token",
                 )
@@ -373,7 +343,7 @@ class ChatTokenizer:
             prompted = self._render([("user", ask)], add_generation_prompt=True)
             turns = [("user", ask), ("assistant", answer + mark)] * 2
             full = self._render(turns)
-        except _NotVerified as error:
+        except Refused as error:
             raise ConfigError(f"{self.name}: {error.reason}; give another template in data.chat_template") from None
         # Some templates have no generation prompt of their own: what ends the question then announces the answer.
         prompt = prompted[len(prefix) :] if prompted.startswith(prefix) else ""
@@ -420,14 +390,14 @@ def _header_before(full: str, ask: str, answer: str, end: int, prompt: str) -> s
 
 
 def _free_sentinels(messages: Sequence[Message], count: int) -> list[str]:
-    """`count` characters that occur in no message. Raises _NotVerified if both private-use planes are taken."""
+    """`count` characters that occur in no message. Raises Refused if both private-use planes are taken."""
     text = "".join(message.content for message in messages)
     for plane in SENTINEL_PLANES:
         if count <= SENTINELS_PER_PLANE and not re.search(
             f"[{chr(plane)}-{chr(plane + SENTINELS_PER_PLANE - 1)}]", text
         ):
             return [chr(plane + index) for index in range(count)]
-    raise _NotVerified(
+    raise Refused(
         "mask_not_verified", "contains private-use characters of both supplementary planes, which mark answers here"
     )
 
@@ -442,7 +412,7 @@ def _take_out(marked: str, sentinels: Sequence[str]) -> tuple[str, list[int]]:
     """The text without sentinels, and where each of them stood in that text."""
     positions = [marked.find(sentinel) for sentinel in sentinels]
     if -1 in positions or positions != sorted(positions) or any(marked.count(sentinel) != 1 for sentinel in sentinels):
-        raise _NotVerified("mask_not_verified", "the template does not render each answer once and in order")
+        raise Refused("mask_not_verified", "the template does not render each answer once and in order")
     pieces = re.split("|".join(sentinels), marked) if sentinels else [marked]
     return "".join(pieces), [position - index for index, position in enumerate(positions)]
 
@@ -450,9 +420,7 @@ def _take_out(marked: str, sentinels: Sequence[str]) -> tuple[str, list[int]]:
 def _check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
     for index, message in enumerate(messages):
         if message.role != "assistant" and message.content.strip() not in text:
-            raise _NotVerified(
-                "message_dropped", f"the template leaves out or rewrites turn {index + 1} ({message.role})"
-            )
+            raise Refused("message_dropped", f"the template leaves out or rewrites turn {index + 1} ({message.role})")
 
 
 def _words(answer: str) -> str:
@@ -467,190 +435,5 @@ def _any_of(texts: set[str]) -> re.Pattern[str]:
     )
 
 
-def _clip(text: str, limit: int = 80) -> str:
+def clip(text: str, limit: int = 80) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "…")
-
-
-# ---------------------------------------------------------------- files
-
-
-def _read_files(path: str | Path, revision: str | None) -> dict[str, bytes]:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        folder = _download(str(path), revision)
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    if "tokenizer.json" not in files:
-        raise ConfigError(
-            f"{path}: no tokenizer.json, which model.path must hold; make one with "
-            f"`AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(...)` and give that directory"
-        )
-    return files
-
-
-def _download(path: str, revision: str | None) -> Path:
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ConfigError(f"model.path={path!r}: no such directory (looked in {Path.cwd()})")
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        cause = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"model.path={path!r}: neither a directory nor a hub model that can be fetched: {cause}"
-        ) from None
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.chat_template={str(path)!r} cannot be read: {error}; give a Jinja file") from None
-
-
-def _parse_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-    except Exception as error:
-        raise ConfigError(f"{name}/tokenizer.json cannot be read: {error}") from None
-
-
-def _read_json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(files.get(file, b"{}"))
-    except ValueError as error:
-        raise ConfigError(f"{name}/{file} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{name}/{file}: expected an object, got {type(found).__name__}")
-    return found
-
-
-def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens as text. They are given as a string or as an object with `content`."""
-    found = {}
-    for name in SPECIAL_NAMES:
-        value = config.get(name) or special_map.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            found[name] = value
-    return found
-
-
-def _own_template(files: Mapping[str, bytes], config: Mapping[str, Any], name: str) -> str | None:
-    """The template that comes with the tokenizer, in the order in which transformers looks for it."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8")
-    for found in (_read_json(files, "chat_template.json", name).get("chat_template"), config.get("chat_template")):
-        if isinstance(found, list):
-            found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
-        if isinstance(found, str):
-            return found
-    return None
-
-
-def _install_chatml(tokenizer: Tokenizer, specials: Mapping[str, str]) -> dict[str, str]:
-    """Add ChatML's control tokens where absent. Returns the special tokens that change: eos and perhaps pad.
-
-    pad differs from eos if any other special token exists: a pad that is eos tempts code to mask the stop token.
-    """
-    before = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (IM_START, IM_END)])
-    candidates = [specials.get("pad_token"), specials.get("eos_token"), *before, IM_START]
-    usable = [text for text in candidates if text and text != IM_END and tokenizer.token_to_id(text) is not None]
-    return {"eos_token": IM_END, "pad_token": usable[0]}
-
-
-def _final_files(
-    files: Mapping[str, bytes],
-    changed: Tokenizer | None,
-    config: Mapping[str, Any],
-    special_map: Mapping[str, Any],
-    specials: Mapping[str, str],
-    template: str,
-) -> dict[str, bytes]:
-    """The files to save: as read, but for the template in its own file and, if tokens were added, what names them."""
-    config = {key: value for key, value in config.items() if key != "chat_template"}
-    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    final = {name: content for name, content in files.items() if name != "chat_template.json"}
-    if changed is not None:
-        final["tokenizer.json"] = changed.to_str(pretty=True).encode("utf-8")
-        config |= {name: specials[name] for name in ("eos_token", "pad_token")}
-        ids = {text: changed.token_to_id(text) for text in (IM_START, IM_END)}
-        if "added_tokens_decoder" in config:
-            config["added_tokens_decoder"] = config["added_tokens_decoder"] | {
-                str(ids[text]): _added_entry(text) for text in ids
-            }
-        if "special_tokens_map.json" in files:
-            final["special_tokens_map.json"] = _to_json(
-                {**special_map, **{n: specials[n] for n in ("eos_token", "pad_token")}}
-            )
-        if "added_tokens.json" in files:
-            final["added_tokens.json"] = _to_json(json.loads(files["added_tokens.json"]) | ids)
-    final["tokenizer_config.json"] = _to_json(config)
-    final["chat_template.jinja"] = template.encode("utf-8")
-    return final
-
-
-def _added_entry(text: str) -> dict[str, Any]:
-    return {
-        "content": text,
-        "lstrip": False,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-        "special": True,
-    }
-
-
-def _to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def _encoder(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy for encoding whole renders: no truncation, no padding, and offsets that keep white space.
-
-    A byte-level post-processor may trim offsets, which would hide tokens of white space from the mask. All else it
-    does is add special tokens, which the template writes itself.
-    """
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.post_processor = None
-    return copy
-
-
-# ---------------------------------------------------------------- Jinja
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: rendered as its body."""
-
-    tags = {"generation"}  # noqa: RUF012  declared so by Jinja
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def _compile(template: str, name: str) -> jinja2.Template:
-    """Compile in the sandbox and with the names that transformers gives templates, which are code from strangers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _template_json
-    environment.globals["raise_exception"] = _template_raise
-    # A template that prints today's date would make other tokens every day; it gets the same date always.
-    environment.globals["strftime_now"] = lambda form: FIXED_DATE.strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"{name}: the chat template has a syntax error in line {error.lineno}: {error.message}"
-        ) from None
-
-
-def _template_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _template_raise(message: str) -> None:
-    raise jinja2.TemplateError(message)

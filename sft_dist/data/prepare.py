@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from sft_dist.config import Recipe, Source
-from sft_dist.data.store import Progress as RowsDone
-from sft_dist.data.store import TokenStore, prepare, wait_for_store
+from sft_dist.data.build import Progress as RowsDone
+from sft_dist.data.build import StoreSpec, prepare, wait_for_store
+from sft_dist.data.store import TokenStore
 
 
 def open_or_prepare(
@@ -19,19 +19,11 @@ def open_or_prepare(
 
     Raises DataError for bad rows, an empty source or a preparation that failed; ConfigError for a bad tokenizer.
     """
-    settings: dict[str, Any] = {
-        "model_path": recipe.model.path,
-        "revision": recipe.model.revision,
-        "chat_template": recipe.data.chat_template,
-        "max_tokens": recipe.data.max_tokens,
-        "too_long": recipe.data.too_long,
-        "bad_rows": recipe.data.bad_rows,
-        "store_dir": recipe.store_dir,
-    }
+    spec = StoreSpec.of(recipe, sources)
     if not is_preparer:
-        return wait_for_store(sources, **settings)
+        return wait_for_store(spec, store_dir=recipe.store_dir)
     with _rows_done(console) as progress:
-        return prepare(sources, workers=recipe.data.workers, progress=progress, **settings)
+        return prepare(spec, store_dir=recipe.store_dir, workers=recipe.data.workers, progress=progress)
 
 
 @contextmanager

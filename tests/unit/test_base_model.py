@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_dist.config import parse_recipe
 from sft_dist.data.chat import ChatTokenizer
-from sft_dist.data.sources import Message
+from sft_dist.data.conversation import Message
 from sft_dist.generate import Answerer, Sampling
 from sft_dist.model.load import align_generation, grow_vocabulary
 from sft_dist.train import run

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from sft_dist.data.chat import CHATML, ChatTokenizer, Example
-from sft_dist.data.sources import BadRow, Conversation, Message, Origin
+from sft_dist.data.chat import ChatTokenizer, Example
+from sft_dist.data.conversation import BadRow, Conversation, Message, Origin
+from sft_dist.data.template import CHATML
 from sft_dist.errors import ConfigError, DataError
 
 TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "sft_dist"
 ORDER = """
 errors config console package_files quiet world
 demo.formulas demo.templates demo.dataset demo.model
-data.sources data.chat data.store data.prepare data.inspect data.schedule
+data.conversation data.files data.rows data.tokenizer_files data.template data.chat data.store data.build data.prepare
+data.inspect data.schedule
 -- torch below this line
 data.batch
 model.attention model.loss model.load model.verify

@@ -10,8 +10,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sft_dist.config import Source
+from sft_dist.data.build import StoreSpec, prepare
 from sft_dist.data.inspect import show_example, summary
-from sft_dist.data.store import TokenStore, prepare
+from sft_dist.data.store import TokenStore
 from sft_dist.errors import DataError
 
 ROWS = [
@@ -33,17 +34,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     tokenizer.save(str(root / "tokenizer.json"))
     rows = [{"instruction": question, "output": answer} for question, answer in ROWS]
     (root / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"instruction": "x"}]))
-    return prepare(
-        [Source(path=str(root / "d.jsonl"))],
-        model_path=str(root),
-        revision=None,
-        chat_template=None,
-        max_tokens=4096,
-        too_long="drop",
-        bad_rows="drop",
-        store_dir=root / "stores",
-        workers=1,
-    )
+    spec = StoreSpec((Source(path=str(root / "d.jsonl")),), str(root), bad_rows="drop")
+    return prepare(spec, store_dir=root / "stores", workers=1)
 
 
 def shown(store: TokenStore, index: int, *, colour: bool = False) -> str:

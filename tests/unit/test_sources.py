@@ -12,18 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from sft_dist.config import Source
-from sft_dist.data.sources import (
-    BadRow,
-    Conversation,
-    Message,
-    Origin,
-    RawRow,
-    detect_format,
-    hash_source,
-    iter_rows,
-    list_files,
-    parse_row,
-)
+from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, RawRow
+from sft_dist.data.files import hash_source, iter_rows, list_files
+from sft_dist.data.rows import detect_format, parse_row
 from sft_dist.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -344,7 +335,7 @@ def test_lines_are_streamed(tmp_path: Path) -> None:
 def test_hub_id_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     script = (
         "from sft_dist.config import Source\n"
-        "from sft_dist.data.sources import detect_format\n"
+        "from sft_dist.data.rows import detect_format\n"
         "from sft_dist.errors import DataError\n"
         "try:\n    detect_format(Source(path='no-such-owner/no-such-set'))\n"
         "except DataError as error:\n    print(error)\n"

@@ -18,10 +18,13 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sft_dist.config import Source
-from sft_dist.data import store as store_module
+from sft_dist.data import build
+from sft_dist.data.build import StoreSpec, prepare, store_fingerprint, wait_for_store
 from sft_dist.data.chat import ChatTokenizer, Example
-from sft_dist.data.sources import Conversation, iter_rows, parse_row
-from sft_dist.data.store import TokenStore, prepare, store_fingerprint, wait_for_store
+from sft_dist.data.conversation import Conversation
+from sft_dist.data.files import iter_rows
+from sft_dist.data.rows import parse_row
+from sft_dist.data.store import TokenStore
 from sft_dist.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,20 +54,27 @@ def write(path: Path, *rows: str) -> Source:
     return Source(path=str(path))
 
 
-def make(sources: list[Source], model: Path, directory: Path, **changes: Any) -> TokenStore:
-    return prepare(sources, **keywords(model, directory, **{"workers": 1, **changes}))
+def make(
+    sources: list[Source],
+    model: Path,
+    directory: Path,
+    *,
+    workers: int | None = 1,
+    progress: Any = None,
+    lock_timeout_s: float = 60.0,
+    **changes: Any,
+) -> TokenStore:
+    return prepare(
+        spec(sources, model, **changes),
+        store_dir=directory,
+        workers=workers,
+        progress=progress,
+        lock_timeout_s=lock_timeout_s,
+    )
 
 
-def keywords(model: Path, directory: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model_path": str(model),
-        "revision": None,
-        "chat_template": None,
-        "max_tokens": 4096,
-        "too_long": "drop",
-        "bad_rows": "error",
-        "store_dir": directory,
-    } | changes
+def spec(sources: list[Source], model: Path, **changes: Any) -> StoreSpec:
+    return StoreSpec(tuple(sources), str(model), **changes)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -127,7 +137,7 @@ def test_the_stored_tokenizer_is_the_one_that_made_the_tokens(model: Path, tmp_p
 def test_any_number_of_workers_writes_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "IN_PROCESS_BYTES", 0)
+    monkeypatch.setattr(build, "IN_PROCESS_BYTES", 0)
     rows = [chat(f"q{n}", "word " * (n % 7 + 1)) if n % 50 else "{broken" for n in range(1, 1100)]
     source = write(tmp_path / "a.jsonl", *rows)
     stores = [
@@ -141,7 +151,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
 def test_chunk_sizes_change_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "x" * n) for n in range(1, 50)])
     one = make([source], model, tmp_path / "s1")
-    monkeypatch.setattr(store_module, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(build, "CHUNK_ROWS", 7)
     assert contents(make([source], model, tmp_path / "s2").path) == contents(one.path)
 
 
@@ -207,7 +217,7 @@ def test_an_existing_store_is_opened_and_not_made_again(
 ) -> None:
     source = write(tmp_path / "a.jsonl", chat("1", "one"))
     first = make([source], model, tmp_path / "s")
-    monkeypatch.setattr(store_module, "_build", lambda *_, **__: pytest.fail("built again"))
+    monkeypatch.setattr(build, "_build", lambda *_, **__: pytest.fail("built again"))
     assert make([source], model, tmp_path / "s", workers=2).path == first.path
 
 
@@ -219,19 +229,23 @@ def test_whatever_changes_tokens_changes_the_fingerprint(model: Path, tmp_path: 
     template.write_text(ChatTokenizer.load(model).template.replace("assistant\\n", "assistant:\\n"))
     tokenizer, changed = ChatTokenizer.load(model), ChatTokenizer.load(model, chat_template=None)
     assert tokenizer.digest == changed.digest
-    base = {"max_tokens": 100, "too_long": "drop", "bad_rows": "drop"}
+    changes = [
+        {"max_tokens": 99},
+        {"too_long": "error"},
+        {"bad_rows": "drop"},
+        {"turns": "last"},
+        {"control_tokens": "error"},
+        {"difficulty_field": "level"},
+    ]
     found = [
-        store_fingerprint([source], tokenizer, **base),
-        store_fingerprint([other], tokenizer, **base),
-        store_fingerprint([source, other], tokenizer, **base),
-        store_fingerprint([other, source], tokenizer, **base),
+        *(store_fingerprint(spec([source], model, **change), tokenizer) for change in ({}, *changes)),
         *(
-            store_fingerprint([source], tokenizer, **(base | change))
-            for change in ({"max_tokens": 99}, {"too_long": "error"}, {"bad_rows": "error"})
+            store_fingerprint(spec(several, model), tokenizer)
+            for several in ([other], [source, other], [other, source])
         ),
     ]
     assert len(set(found)) == len(found)
-    assert store_fingerprint([moved], tokenizer, **base) == found[0]
+    assert store_fingerprint(spec([moved], model), tokenizer) == found[0]
 
 
 # ---------------------------------------------------------------- faults
@@ -269,15 +283,14 @@ SCRIPT = textwrap.dedent(
     import os, sys
     from pathlib import Path
     from sft_dist.config import Source
-    from sft_dist.data import store
+    from sft_dist.data import build
 
     if __name__ == "__main__":
-        store.IN_PROCESS_BYTES = 0 if int(sys.argv[4]) > 1 else store.IN_PROCESS_BYTES
+        build.IN_PROCESS_BYTES = 0 if int(sys.argv[4]) > 1 else build.IN_PROCESS_BYTES
         def progress(rows):
             print("rows", rows, flush=True)
-        made = store.prepare([Source(path=sys.argv[1])], model_path=sys.argv[2], revision=None, chat_template=None,
-            max_tokens=4096, too_long="drop", bad_rows="error", store_dir=Path(sys.argv[3]), workers=int(sys.argv[4]),
-            progress=progress)
+        spec = build.StoreSpec((Source(path=sys.argv[1]),), sys.argv[2])
+        made = build.prepare(spec, store_dir=Path(sys.argv[3]), workers=int(sys.argv[4]), progress=progress)
         print("torch" in sys.modules, "transformers" in sys.modules, "datasets" in sys.modules, len(made))
     """
 )
@@ -351,7 +364,7 @@ def test_unwritable_place_is_named(model: Path, tmp_path: Path) -> None:
 def test_waiting_ends_when_the_store_is_committed(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "a") for n in range(300)])
     process = start(tmp_path, source, model)
-    store = wait_for_store([source], **keywords(model, tmp_path / "s"), timeout_s=60, poll_s=0.05)
+    store = wait_for_store(spec([source], model), store_dir=tmp_path / "s", timeout_s=60, poll_s=0.05)
     process.communicate(timeout=60)
     assert len(store) == 300
 
@@ -360,7 +373,7 @@ def test_waiting_ends_soon_when_nobody_prepares(model: Path, tmp_path: Path) -> 
     source = write(tmp_path / "a.jsonl", chat("1", "one"))
     begin = time.monotonic()
     with pytest.raises(DataError, match="preparation failed on local rank 0"):
-        wait_for_store([source], **keywords(model, tmp_path / "s"), timeout_s=60, grace_s=0.3, poll_s=0.05)
+        wait_for_store(spec([source], model), store_dir=tmp_path / "s", timeout_s=60, grace_s=0.3, poll_s=0.05)
     assert time.monotonic() - begin < 10
 
 
@@ -375,7 +388,7 @@ def test_waiting_for_one_who_holds_the_lock_is_bounded(model: Path, tmp_path: Pa
     try:
         assert ready.wait(30)
         with pytest.raises(DataError, match=r"no token store after 1 s"):
-            wait_for_store([source], **keywords(model, tmp_path / "s"), timeout_s=1, grace_s=0.3, poll_s=0.05)
+            wait_for_store(spec([source], model), store_dir=tmp_path / "s", timeout_s=1, grace_s=0.3, poll_s=0.05)
         with pytest.raises(DataError, match="another process has been preparing"):
             make([source], model, tmp_path / "s", lock_timeout_s=0.2)
     finally:
