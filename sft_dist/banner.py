@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_dist import __version__
+from sft_dist.data.draws import count_shared_prompts
 from sft_dist.job import Job
 from sft_dist.model.load import PackedModel
 from sft_dist.model.verify import Agreement
@@ -27,16 +28,30 @@ def show_banner(console: Console, job: Job, *, model: PackedModel, agreement: Ag
         f"checkpointing {recipe.model.checkpointing}",
         "engine": f"{job.engine_name} on {job.world.size} process{'es' * (job.world.size > 1)}",
         "data": f"{len(job.store):,} examples, {tokens:,} tokens, {trained / tokens:.1%} trained",
+        "draws": f"{schedule.num_draws:,} an epoch, order {recipe.data.order}, fingerprint {job.draws}",
         "step": f"{len(first_ids)} examples in step 1 ({step_tokens:,} tokens), {recipe.loss}, {packs}",
         "check": f"packed loss {agreement.packed_loss:.6f}, "
         f"the model's own document by document {agreement.own_loss:.6f}",
     }
+    if job.held_out_store is not None:
+        lines["held out"] = _held_out(job)
     if dropout := _dropout(model):
         lines["dropout"] = f"{dropout}: the curve is the same only for the same engine, processes and pack_tokens"
     table = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         table.add_row(name, Text(text))  # a path may hold what looks like markup
     console.print(table, highlight=False)
+
+
+def _held_out(job: Job) -> str:
+    """What is measured and not trained; a warning instead where files share prompts with the training data."""
+    assert job.held_out_store is not None
+    if share := job.recipe.data.held_out_share:
+        return f"{len(job.held_out_ids):,} of {len(job.store):,} examples (data.held_out_share={share:g}), by prompt"
+    num_shared, num_prompts = count_shared_prompts(job.store.prompt_hash, job.held_out_store.prompt_hash)
+    if num_shared:
+        return f"warning: {num_shared:,} of {num_prompts:,} prompts are also trained on; see sft-dist lint"
+    return f"{len(job.held_out_ids):,} examples, no prompt of them trained on"
 
 
 def _name(dtype: object) -> str:

@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 class RunState:
     """Where a run stands: position is one integer. The rest says what the position is in.
 
-    step: last step done, applied or withheld. curve: the recipe's values that decide the loss curve.
+    step: last step done, applied or withheld. curve: what decides the loss curve (`curve_of`).
     """
 
     step: int
@@ -41,8 +41,11 @@ class RunState:
         return replace(self, step=self.step + 1)
 
 
-def curve_of(recipe: Recipe, *, num_steps: int, dtype: str) -> dict[str, Any]:
-    """The recipe's values that decide the curve, by key. Launch, packing, engine and cadence are not among them."""
+def curve_of(recipe: Recipe, *, num_steps: int, dtype: str, draws: str) -> dict[str, Any]:
+    """What decides the curve, by key of the recipe. Launch, packing, engine and cadence are not among them.
+
+    draws: fingerprint of the draws and steps.
+    """
     dump = recipe.model_dump(mode="json")
     keys = {
         "run.seed": dump["run"]["seed"],
@@ -54,6 +57,12 @@ def curve_of(recipe: Recipe, *, num_steps: int, dtype: str) -> dict[str, Any]:
         "loss": dump["loss"],
         "train.steps": num_steps,
         "data.train.weight": [source["weight"] for source in dump["data"]["train"]],
+        "data.train.cap": [source["cap"] for source in dump["data"]["train"]],
+        "data.order": dump["data"]["order"],
+        "data.held_out_share": dump["data"]["held_out_share"],
+        # Without a share the seed decides nothing.
+        "data.held_out_seed": dump["data"]["held_out_seed"] if dump["data"]["held_out_share"] else None,
+        "draws": draws,
     }
     return keys | {f"optim.{key}": value for key, value in dump["optim"].items()}
 
@@ -130,9 +139,9 @@ def read_state(path: Path) -> RunState:
 def require_same_run(found: RunState, expected: RunState, path: Path) -> None:
     """Refuse to go on from a checkpoint whose continuation would not be this run's curve. Names every key."""
     changed = [
-        f"{key}: {value!r} then, {expected.curve.get(key)!r} now"
-        for key, value in found.curve.items()
-        if expected.curve.get(key) != value
+        f"{key}: {found.curve.get(key)!r} then, {expected.curve.get(key)!r} now"
+        for key in {**found.curve, **expected.curve}
+        if found.curve.get(key) != expected.curve.get(key)
     ]
     for key in ("data_fingerprint", "engine", "world_size"):
         then, now = getattr(found, key), getattr(expected, key)

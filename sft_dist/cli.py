@@ -66,10 +66,29 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe_verb(verbs, "prepare", _prepare, "tokenise and verify the data of a recipe, without torch")
 
     inspect = _recipe_verb(verbs, "inspect", _inspect, "show what is trained: prompt dimmed, trained tokens coloured")
+    inspect.add_argument("--example", type=int, action="append", help="this example, from 0, whole; may be repeated")
     inspect.add_argument(
-        "--example", type=int, action="append", help="which example, from 0; may be repeated (default: the first three)"
+        "--random", type=_count_from(0), metavar="K", help="random examples to show (default: 1; 3 on a page)"
     )
     inspect.add_argument("--held-out", action="store_true", help="the held-out data instead of the training data")
+    inspect.add_argument(
+        "--world-size", type=_count_from(1), default=1, metavar="N", help="lay packs out for N processes (default: 1)"
+    )
+    inspect.add_argument(
+        "--html", type=Path, metavar="PAGE", help="write one self-contained page instead of printing examples"
+    )
+
+    lint = verbs.add_parser("lint", help="check the text of a data set for what spoils training, without a tokenizer")
+    lint.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="a recipe, with key=value overrides, or data files and folders"
+    )
+    lint.add_argument(
+        "--held-out", action="append", default=[], metavar="FILE", help="look for leakage into this file; repeatable"
+    )
+    lint.add_argument("--show", type=_count_from(0), metavar="N", help="places shown per rule (default: 5)")
+    lint.add_argument("--json", action="store_true", help="print JSON, with up to 1000 places per rule unless --show")
+    lint.add_argument("--strict", action="store_true", help="exit code 1 if there is an error or a warning")
+    lint.set_defaults(verb=_lint, overrides=[])
 
     config = verbs.add_parser("config", help="print the resolved recipe, or what comes with the package")
     config.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
@@ -108,6 +127,17 @@ def _recipe_verb(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-5 batch.pack_tokens=8192")
     parser.set_defaults(verb=verb)
     return parser
+
+
+def _count_from(least: int) -> Callable[[str], int]:
+    """Parses a whole number, `least` or more."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
+        return int(text)
+
+    return count
 
 
 def _recipe_path(name: str) -> Path:
@@ -160,22 +190,79 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from sft_dist.config import load_recipe
     from sft_dist.console import make_console
-    from sft_dist.data.inspect import show_example, summary
+    from sft_dist.data.inspect import show_layout, show_lengths, show_samples, summary
+    from sft_dist.data.inspect_figures import Layout, lay_out
+    from sft_dist.data.inspect_page import write_page
+    from sft_dist.data.inspect_sample import pick_samples
     from sft_dist.data.prepare import open_or_prepare
     from sft_dist.errors import ConfigError
 
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
     sources = recipe.data.held_out if arguments.held_out else recipe.data.train
     if not sources:
-        raise ConfigError("data.held_out is empty: there is nothing held out to inspect")
+        also = "; rows that data.held_out_share holds out are among those shown without --held-out"
+        raise ConfigError(
+            "data.held_out is empty: there is nothing held out to inspect" + also * bool(recipe.data.held_out_share)
+        )
     console = make_console()
     store = open_or_prepare(recipe, sources, console=console)
-    for index in arguments.example if arguments.example is not None else range(min(3, len(store))):
+    for index in arguments.example or ():
         if not 0 <= index < len(store):
             raise ConfigError(f"--example {index}: the store holds examples 0 to {len(store) - 1}")
-        show_example(store, index, console)
+    asked, num_random = arguments.example or (), arguments.random
+    if num_random is None:
+        num_random = 3 if arguments.html else 0 if asked else 1
+    samples = pick_samples(
+        store,
+        num_random=num_random,
+        seed=recipe.run.seed,
+        asked=asked,
+        with_extremes=bool(arguments.html or not asked),
+    )
+    layout: Layout | str = "Packs are laid out for the training data."
+    if not arguments.held_out:
+        try:
+            layout = lay_out(recipe, store, world_size=arguments.world_size)
+        except ConfigError as error:  # what training will refuse can still be looked at
+            layout = f"Packs cannot be laid out: {error}"
+    if arguments.html:
+        part = "held-out data" if arguments.held_out else "training data"
+        write_page(arguments.html, recipe, store, samples, layout=layout, part=part)
+    else:
+        show_samples(store, samples, console)
+        show_lengths(store, console)
     summary(store, console)
+    show_layout(layout, console)
+    if arguments.html:
+        print(f"page: {arguments.html} ({arguments.html.stat().st_size / 1e3:,.0f} kB)")
     return 0
+
+
+def _lint(arguments: argparse.Namespace) -> int:
+    from sft_dist.config import Source, load_recipe
+    from sft_dist.console import make_console
+    from sft_dist.data.lint import lint
+    from sft_dist.data.lint_report import print_report, to_json
+    from sft_dist.errors import ConfigError
+
+    words = [*arguments.inputs, *arguments.overrides]
+    recipe_path = _recipe_path(words[0])
+    if recipe_path.suffix in (".yaml", ".yml"):
+        stray = [word for word in words[1:] if "=" not in word]
+        if stray:
+            raise ConfigError(f"{stray[0]}: stands beside the recipe {words[0]}; give one recipe, or data files only")
+        recipe = load_recipe(recipe_path, words[1:])
+        train, held_out = recipe.data.train, recipe.data.held_out
+    else:
+        train, held_out = tuple(Source(path=word) for word in words), ()
+    held_out += tuple(Source(path=path) for path in arguments.held_out)
+    keep = arguments.show if arguments.show is not None else 1000 if arguments.json else 5
+    report = lint(train, held_out, keep=keep)
+    if arguments.json:
+        print(to_json(report))
+    else:
+        print_report(report, make_console())
+    return 1 if arguments.strict and not report.is_clean else 0
 
 
 def _config(arguments: argparse.Namespace) -> int:

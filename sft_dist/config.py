@@ -135,7 +135,11 @@ class DataSection(Section):
         description="shuffle: a new permutation each epoch. Easy first: source, response_length, or field:NAME, "
         "a number in each row; draws that are equally easy are shuffled",
     )
-    turns: Literal["all", "last"] = Field("all", description="which assistant turns train")
+    turns: Literal["all", "last", "each"] = Field(
+        "all",
+        description="which assistant turns train. each: every turn is an example of its own, rendered with its history "
+        "as at inference, for templates that drop the thinking of earlier turns",
+    )
     control_tokens: Literal["neutralise", "error", "trust"] = Field(
         "neutralise",
         description="control tokens in the text of a row: encode them as text, refuse the row, or let them be control",

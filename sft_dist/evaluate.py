@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sft_dist.config import LossName
 from sft_dist.data.batch import build_micro_batch, token_weights
@@ -29,15 +30,16 @@ def evaluating(model: PackedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeldOutSet:
-    """A store that is only measured, laid out once for this world.
+    """Examples of a store that are only measured, laid out once for this world.
 
-    `loss_of(engine)` is -sum w log P over every response token, with the weights that `loss` gives the set
-    as one global batch.
+    example_ids: `[N]`, which of the store. `loss_of(engine)` is -sum w log P over every response token, with the
+    weights that `loss` gives the set as one global batch.
     """
 
     store: TokenStore
+    example_ids: NDArray[np.int64]
     loss: LossName
     pack_tokens: int | None
     cost: CostModel
@@ -47,7 +49,7 @@ class HeldOutSet:
     def micro_steps(self) -> tuple[tuple[Pack, ...], ...]:
         """micro_steps[m][rank]: the pack that `rank` measures in micro-step m."""
         layout, _ = spread(
-            np.arange(len(self.store)),
+            self.example_ids,
             lengths=self.store.lengths,
             num_responses=self.store.num_responses,
             world_size=self.world_size,
@@ -56,11 +58,16 @@ class HeldOutSet:
         )
         return layout
 
+    @property
+    def num_responses(self) -> NDArray[np.integer]:
+        """Trained tokens of each example: `[N]`."""
+        return np.asarray(self.store.num_responses)[self.example_ids]
+
     def loss_of(self, engine: Engine) -> float:
         """Held-out loss in nats, the same on every rank. Touches neither gradients nor random state."""
         store, rank = self.store, engine.world.rank
-        weights = token_weights(np.asarray(store.num_responses), loss=self.loss)
-        weight_of = dict(enumerate(weights.tolist()))
+        weights = token_weights(self.num_responses, loss=self.loss)
+        weight_of = dict(zip(self.example_ids.tolist(), weights.tolist(), strict=True))
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         with evaluating(engine.model):
             for row in self.micro_steps:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from sft_dist import checkpoint
@@ -13,6 +15,7 @@ from sft_dist.data.batch import MicroBatch, build_micro_batch, token_weights
 from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.prepare import open_or_prepare
 from sft_dist.data.schedule import Schedule
+from sft_dist.data.steps import fingerprint_of, held_out_of, schedule_of
 from sft_dist.data.store import TokenStore
 from sft_dist.engine.collectives import choose_device
 from sft_dist.engine.start import resolve_engine, zero_knobs
@@ -27,7 +30,12 @@ PROBE_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe in this world, checked. pack_tokens is None for one example a pack; start_from for a fresh run."""
+    """A recipe in this world, checked.
+
+    held_out_store: where the examples that are only measured lie, `store` itself with data.held_out_share; None
+    without any. held_out_ids: `[N]`, which of it. draws: fingerprint of what is drawn and how it is cut into steps.
+    pack_tokens: None for one example a pack. start_from: None for a fresh run.
+    """
 
     recipe: Recipe
     world: World
@@ -37,9 +45,11 @@ class Job:
     backend: Backend
     store: TokenStore
     held_out_store: TokenStore | None
+    held_out_ids: NDArray[np.int64]
     tokenizer: ChatTokenizer
     pack_tokens: int | None
     schedule: Schedule
+    draws: str
     start_from: Path | None
 
     @property
@@ -50,7 +60,8 @@ class Job:
     def identity(self) -> str:
         """What every rank must have found alike: data, length of the run, and where it goes on from."""
         start = self.start_from.name if self.start_from else None
-        return f"{self.store.fingerprint} {self.schedule.num_steps} {start} {self.first_state.curve}"
+        held_out = self.held_out_store.fingerprint if self.held_out_store else None
+        return f"{self.store.fingerprint} {held_out} {self.schedule.num_steps} {start} {self.first_state.curve}"
 
     @property
     def first_state(self) -> RunState:
@@ -59,7 +70,10 @@ class Job:
             step=0,
             data_fingerprint=self.store.fingerprint,
             curve=checkpoint.curve_of(
-                self.recipe, num_steps=self.schedule.num_steps, dtype=str(self.dtype).removeprefix("torch.")
+                self.recipe,
+                num_steps=self.schedule.num_steps,
+                dtype=str(self.dtype).removeprefix("torch."),
+                draws=self.draws,
             ),
             engine=self.engine_name,
             world_size=self.world.size,
@@ -112,11 +126,12 @@ def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
     dropout = float(getattr(config, "attention_dropout", 0.0) or 0.0)
     backend = choose_backend(recipe.model.attention, device=device, dtype=dtype, dropout=dropout)
     store = open_or_prepare(recipe, recipe.data.train, console=console, is_preparer=world.is_local_main)
-    held_out_store = (
-        open_or_prepare(recipe, recipe.data.held_out, console=console, is_preparer=world.is_local_main)
-        if recipe.data.held_out
-        else None
-    )
+    is_held_out = held_out_of(recipe, store)
+    held_out_store, held_out_ids = store if is_held_out.any() else None, np.flatnonzero(is_held_out)
+    if recipe.data.held_out:
+        held_out_store = open_or_prepare(recipe, recipe.data.held_out, console=console, is_preparer=world.is_local_main)
+        held_out_ids = np.arange(len(held_out_store))
+    schedule = schedule_of(recipe, store)
     section = recipe.model
     job = Job(
         recipe=recipe,
@@ -127,9 +142,11 @@ def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
         backend=backend,
         store=store,
         held_out_store=held_out_store,
+        held_out_ids=held_out_ids,
         tokenizer=ChatTokenizer.load(section.path, revision=section.revision, chat_template=recipe.data.chat_template),
         pack_tokens=_checked_pack_tokens(recipe, [store, held_out_store]),
-        schedule=_build_schedule(recipe, store),
+        schedule=schedule,
+        draws=fingerprint_of(recipe, store, num_steps=schedule.num_steps),
         start_from=_find_checkpoint(recipe, resume=resume),
     )
     check_context(config, longest_example=job.longest_example)
@@ -149,21 +166,6 @@ def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int
                 "raise it to at least that, or lower data.max_tokens to drop such examples"
             )
     return recipe.pack_tokens
-
-
-def _build_schedule(recipe: Recipe, store: TokenStore) -> Schedule:
-    steps = recipe.train.steps
-    return Schedule(
-        store.lengths,
-        store.num_responses,
-        seed=recipe.run.seed,
-        sources=store.source_ranges,
-        weights=[source.weight for source in recipe.data.train],
-        examples=recipe.batch.examples,
-        tokens=recipe.batch.tokens,
-        epochs=None if steps else recipe.train.epochs or 1,
-        steps=steps,
-    )
 
 
 def _find_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:

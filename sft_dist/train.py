@@ -183,12 +183,11 @@ def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, tracker
     """Log the held-out loss after `step` updates."""
     started = time.perf_counter()
     loss = held_out.loss_of(engine)
-    store = held_out.store
     metrics = HeldOutMetrics(
         step=step,
         held_out_loss=loss,
-        examples=len(store),
-        response_tokens=int(store.num_responses.sum()),
+        examples=len(held_out.example_ids),
+        response_tokens=int(held_out.num_responses.sum()),
         seconds=time.perf_counter() - started,
         attempt=attempt,
     )
@@ -204,7 +203,7 @@ def _train(
     attempt = on_main(functools.partial(_record_attempt, recipe, job.world), world=job.world, device=job.device) or 0
     held_out = None
     if job.held_out_store is not None:
-        held_out = HeldOutSet(job.held_out_store, recipe.loss, job.pack_tokens, cost, job.world.size)
+        held_out = HeldOutSet(job.held_out_store, job.held_out_ids, recipe.loss, job.pack_tokens, cost, job.world.size)
     batches = global_batches(
         job.schedule, first_step=state.step + 1, world_size=job.world.size, pack_tokens=job.pack_tokens, cost=cost
     )

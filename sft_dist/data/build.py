@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -25,8 +26,8 @@ from filelock import FileLock, Timeout
 
 from sft_dist.config import Recipe, Source
 from sft_dist.data.chat import ChatTokenizer, Example
-from sft_dist.data.conversation import BadRow, Conversation, Origin, RawRow
-from sft_dist.data.files import hash_source, iter_rows, list_files, source_names
+from sft_dist.data.conversation import BadRow, Conversation, Origin, RawRow, Remark, prompt_hash
+from sft_dist.data.files import count_bytes, hash_source, iter_rows, list_files, source_names
 from sft_dist.data.rows import detect_format, parse_row
 from sft_dist.data.store import COMMITTED, FORMAT_VERSION, TokenStore
 from sft_dist.errors import DataError
@@ -39,7 +40,8 @@ NUM_LISTED = 20
 NUM_EXAMPLES_PER_CAUSE = 5
 LOCK_TIMEOUT_S = 6 * 3600.0
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, float | None], None]
+"""Called with the rows done so far, and the share of the data that was read if its size is known."""
 
 
 # ---------------------------------------------------------------- prepare
@@ -64,6 +66,7 @@ class StoreSpec:
     def of(cls, recipe: Recipe, sources: Sequence[Source]) -> "StoreSpec":
         """The store of some of a recipe's sources."""
         data, model = recipe.data, recipe.model
+        is_trained = tuple(sources) == data.train  # what is held out is in no order
         return cls(
             sources=tuple(sources),
             model_path=model.path,
@@ -74,7 +77,7 @@ class StoreSpec:
             bad_rows=data.bad_rows,
             turns=data.turns,
             control_tokens=data.control_tokens,
-            difficulty_field=data.difficulty_field,
+            difficulty_field=data.difficulty_field if is_trained else None,
         )
 
     def load_tokenizer(self) -> ChatTokenizer:
@@ -91,7 +94,7 @@ def prepare(
 ) -> TokenStore:
     """Open the store of these sources, making it first if there is none. Safe to call from several processes.
 
-    workers: tokeniser processes, None for one per core. progress: called with the number of rows done so far.
+    workers: tokeniser processes, None for one per core. progress: see `Progress`.
     Raises DataError for bad rows under `bad_rows="error"`, too long ones under `too_long="error"`, or if nothing is
     left; ConfigError for a tokenizer that cannot be used.
     """
@@ -102,7 +105,7 @@ def prepare(
         with _locked(path, timeout_s=lock_timeout_s):
             if not _is_committed(path):
                 _build(path, plan, tokenizer, workers=workers or _num_cores(), progress=progress)
-    return TokenStore.open(path)
+    return _open(path, spec)
 
 
 def wait_for_store(
@@ -132,7 +135,15 @@ def wait_for_store(
         if now - begin > timeout_s:
             raise DataError(f"{path}: no token store after {timeout_s:g} s; run `sft-dist prepare` before training")
         time.sleep(poll_s)
-    return TokenStore.open(path)
+    return _open(path, spec)
+
+
+def _open(path: Path, spec: StoreSpec) -> TokenStore:
+    return TokenStore.open(path).named(files=_file_names(spec), sources=[source.path for source in spec.sources])
+
+
+def _file_names(spec: StoreSpec) -> list[str]:
+    return list(dict.fromkeys(name for source in spec.sources for name in source_names(source)))
 
 
 def store_fingerprint(spec: StoreSpec, tokenizer: ChatTokenizer) -> str:
@@ -183,11 +194,13 @@ def _build(path: Path, plan: _Plan, tokenizer: ChatTokenizer, *, workers: int, p
             temporary.mkdir()
             tokenizer.save(temporary / "tokenizer")
             before = _stamps(plan.spec.sources)
+            reading = _Reading(plan.spec)
+            settings = _Encoding.of(plan.spec, temporary / "tokenizer")
             with _Writer(temporary, plan) as writer:
-                for result in _encoded_chunks(plan, temporary / "tokenizer", workers=workers):
+                for result in _encoded_chunks(plan, settings, reading, workers=workers):
                     writer.add(result)
                     if progress is not None:
-                        progress(writer.num_rows)
+                        progress(writer.num_rows, reading.share)
             if _stamps(plan.spec.sources) != before:
                 raise DataError("a data file changed while it was read; run again when nothing writes to it")
             _check_rows(writer, plan)
@@ -198,20 +211,57 @@ def _build(path: Path, plan: _Plan, tokenizer: ChatTokenizer, *, workers: int, p
         raise
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """What a worker must know to encode a chunk."""
+
+    tokenizer_dir: str
+    max_tokens: int
+    too_long: str
+    turns: str
+    control_tokens: str
+    difficulty_field: str | None
+
+    @classmethod
+    def of(cls, spec: StoreSpec, tokenizer_dir: Path) -> "_Encoding":
+        return cls(
+            str(tokenizer_dir), spec.max_tokens, spec.too_long, spec.turns, spec.control_tokens, spec.difficulty_field
+        )
+
+
+class _Reading:
+    """How much of the data has been read."""
+
+    def __init__(self, spec: StoreSpec) -> None:
+        sizes = [count_bytes(source) for source in spec.sources]
+        self._total = sum(size for size in sizes if size) if all(sizes) else None
+        self._done = 0
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+
+    @property
+    def share(self) -> float | None:
+        """0 to 1; None where the size of the data is not known."""
+        return min(1.0, self._done / self._total) if self._total else None
+
+
 @dataclass
 class _Chunk:
     """Rows that go to a worker together. They share a source."""
 
     source: int
     row_format: str
-    max_tokens: int
     rows: list[RawRow] = field(default_factory=list)
     num_bytes: int = 0
 
 
 @dataclass
 class _Encoded:
-    """What a worker returns: the examples of a chunk end to end, and the rows it refused, both in order."""
+    """What a worker returns: the examples of a chunk end to end, the rows it refused, and remarks on others.
+
+    All are in the order of the rows.
+    """
 
     source: int
     num_rows: int
@@ -219,49 +269,125 @@ class _Encoded:
     response: np.ndarray
     lengths: list[int]
     num_responses: list[int]
+    prompt_hashes: list[int]
+    difficulties: list[float]
     origins: list[Origin]
     refused: list[BadRow]
+    remarks: list[Remark]
 
 
-def _chunks(plan: _Plan) -> Iterator[_Chunk]:
+def _chunks(plan: _Plan, reading: _Reading) -> Iterator[_Chunk]:
     """Chunk boundaries change nothing in the store: rows are encoded independently."""
+    extra = [plan.spec.difficulty_field] if plan.spec.difficulty_field else []
     for index, (source, row_format) in enumerate(zip(plan.spec.sources, plan.formats, strict=True)):
-        chunk = _Chunk(index, row_format, plan.spec.max_tokens)
-        for row in iter_rows(source):
+        chunk = _Chunk(index, row_format)
+        for row in iter_rows(source, extra_columns=extra, on_read=reading.add):
             chunk.rows.append(row)
-            chunk.num_bytes += len(row.data) if isinstance(row.data, bytes) else 1024
+            chunk.num_bytes += _size_of(row)
             if len(chunk.rows) >= CHUNK_ROWS or chunk.num_bytes >= CHUNK_BYTES:
                 yield chunk
-                chunk = _Chunk(index, row_format, plan.spec.max_tokens)
+                chunk = _Chunk(index, row_format)
         if chunk.rows:
             yield chunk
 
 
-def _encode_chunk(chunk: _Chunk, tokenizer_dir: str) -> _Encoded:
+def _size_of(row: RawRow) -> int:
+    """About as many bytes as a row holds."""
+    if isinstance(row.data, bytes):
+        return len(row.data)
+    cells = row.data.values() if isinstance(row.data, dict) else ()
+    return sum(len(cell) if isinstance(cell, str) else 1024 for cell in cells)
+
+
+def _encode_chunk(chunk: _Chunk, settings: _Encoding) -> _Encoded:
     """Parse, render, tokenise, mask and verify. Runs in a worker process, or here for small inputs."""
-    parsed = [parse_row(row, chunk.row_format) for row in chunk.rows]
-    encoded = iter(_tokenizer(tokenizer_dir).encode([item for item in parsed if isinstance(item, Conversation)]))
-    kept: list[Example] = []
+    tokenizer = _tokenizer(settings.tokenizer_dir)
+    parsed = [item for row in chunk.rows for item in _parse(row, chunk.row_format, settings)]
+    conversations = [item for item in parsed if isinstance(item, Conversation)]
+    encoded = iter(tokenizer.encode(conversations, control_tokens=settings.control_tokens))
+    kept: list[tuple[Conversation, Example]] = []
     refused: list[BadRow] = []
     for item in parsed:
-        result = next(encoded) if isinstance(item, Conversation) else item
-        if isinstance(result, Example) and len(result.input_ids) > chunk.max_tokens:
-            reason = f"{len(result.input_ids)} tokens, more than data.max_tokens={chunk.max_tokens}"
-            result = BadRow(result.origin, "too_long", reason)
-        if isinstance(result, Example):
-            kept.append(result)
-        else:
+        if isinstance(item, BadRow):
+            refused.append(item)
+            continue
+        result = next(encoded)
+        if isinstance(result, Example) and len(result.input_ids) > settings.max_tokens:
+            result = _fitted(item, result, tokenizer, settings)
+        if isinstance(result, BadRow):
             refused.append(result)
+        else:
+            kept.append((item, result))
+    examples = [example for _, example in kept]
     return _Encoded(
         source=chunk.source,
         num_rows=len(chunk.rows),
-        tokens=np.concatenate([np.zeros(0, np.int32), *(example.input_ids for example in kept)]),
-        response=np.concatenate([np.zeros(0, np.bool_), *(example.is_response for example in kept)]),
-        lengths=[len(example.input_ids) for example in kept],
-        num_responses=[int(example.is_response.sum()) for example in kept],
-        origins=[example.origin for example in kept],
+        tokens=np.concatenate([np.zeros(0, np.int32), *(example.input_ids for example in examples)]),
+        response=np.concatenate([np.zeros(0, np.bool_), *(example.is_response for example in examples)]),
+        lengths=[len(example.input_ids) for example in examples],
+        num_responses=[int(example.is_response.sum()) for example in examples],
+        prompt_hashes=[prompt_hash(conversation) for conversation, _ in kept],
+        difficulties=[math.nan if item.difficulty is None else item.difficulty for item, _ in kept],
+        origins=[example.origin for example in examples],
         refused=refused,
+        remarks=[remark for example in examples for remark in example.remarks],
     )
+
+
+def _parse(row: RawRow, row_format: str, settings: _Encoding) -> list[Conversation | BadRow]:
+    """The conversations of a row: one, or under turns="each" one that ends in each trained turn."""
+    parsed = parse_row(row, row_format, turns=settings.turns, difficulty_field=settings.difficulty_field)
+    if settings.turns != "each" or isinstance(parsed, BadRow):
+        return [parsed]
+    ends = [index for index, message in enumerate(parsed.messages) if message.train]
+    return [
+        replace(parsed, messages=tuple(replace(m, train=i == end) for i, m in enumerate(parsed.messages[: end + 1])))
+        for end in ends
+    ]
+
+
+def _fitted(
+    conversation: Conversation, example: Example, tokenizer: ChatTokenizer, settings: _Encoding
+) -> Example | BadRow:
+    """What becomes of an example above max_tokens: refused, or without its oldest turns.
+
+    A turn is left out with its answers, or not at all: what is kept begins with the system prompt and a user turn, is
+    rendered and verified anew, and every answer in it is whole.
+    """
+    num_tokens = len(example.input_ids)
+    too_long = BadRow(
+        conversation.origin, "too_long", f"{num_tokens} tokens, more than data.max_tokens={settings.max_tokens}"
+    )
+    if settings.too_long != "truncate":
+        return too_long
+    shorter = _without_oldest(conversation)
+    found: Example | None = None
+    low, high = 0, len(shorter) - 1
+    while low <= high:  # the fewer turns, the fewer tokens: the first that fits is found by halving
+        middle = (low + high) // 2
+        (result,) = tokenizer.encode([shorter[middle]], control_tokens=settings.control_tokens)
+        if isinstance(result, BadRow):
+            return result
+        if len(result.input_ids) <= settings.max_tokens:
+            found, high = result, middle - 1
+        else:
+            low = middle + 1
+    if found is None:
+        return too_long
+    remark = Remark(
+        conversation.origin, "truncated", f"{num_tokens} tokens; without its oldest turns {len(found.input_ids)}"
+    )
+    return replace(found, remarks=(*found.remarks, remark))
+
+
+def _without_oldest(conversation: Conversation) -> list[Conversation]:
+    """The conversation without its first, its first two, ... exchanges; only what still has a trained turn."""
+    messages = conversation.messages
+    system = messages[:1] if messages[0].role == "system" else ()
+    starts = [i for i, message in enumerate(messages) if message.role == "user" and i > len(system)]
+    starts = [i for i in starts if messages[i - 1].role != "user"]
+    kept = [(*system, *messages[start:]) for start in starts]
+    return [replace(conversation, messages=turns) for turns in kept if any(message.train for message in turns)]
 
 
 @lru_cache(maxsize=1)
@@ -270,17 +396,17 @@ def _tokenizer(directory: str) -> ChatTokenizer:
     return ChatTokenizer.load(directory)
 
 
-def _encoded_chunks(plan: _Plan, tokenizer_dir: Path, *, workers: int) -> Iterator[_Encoded]:
+def _encoded_chunks(plan: _Plan, settings: _Encoding, reading: _Reading, *, workers: int) -> Iterator[_Encoded]:
     """Encode every chunk, in order, on `workers` processes."""
     _tokenizer.cache_clear()  # the directory of an earlier store may have had the same name
     if workers == 1 or _is_small(plan.spec.sources):
-        yield from (_encode_chunk(chunk, str(tokenizer_dir)) for chunk in _chunks(plan))
+        yield from (_encode_chunk(chunk, settings) for chunk in _chunks(plan, reading))
         return
     # spawn: the parent may hold threads (torch, Rust), which a fork would copy in an unusable state.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        yield from _in_order(pool, _chunks(plan), str(tokenizer_dir), ahead=2 * workers + 2)
+        yield from _in_order(pool, _chunks(plan, reading), settings, ahead=2 * workers + 2)
     except BrokenProcessPool:
         raise DataError(
             f"one of {workers} tokeniser processes died, most likely for memory: set data.workers to a smaller number "
@@ -290,11 +416,11 @@ def _encoded_chunks(plan: _Plan, tokenizer_dir: Path, *, workers: int) -> Iterat
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(pool: Executor, chunks: Iterable[_Chunk], tokenizer_dir: str, *, ahead: int) -> Iterator[_Encoded]:
+def _in_order(pool: Executor, chunks: Iterable[_Chunk], settings: _Encoding, *, ahead: int) -> Iterator[_Encoded]:
     """Results in the order of the chunks, with at most `ahead` of them in flight: memory stays bounded."""
     pending: deque[Future[_Encoded]] = deque()
     for chunk in chunks:
-        pending.append(pool.submit(_encode_chunk, chunk, tokenizer_dir))
+        pending.append(pool.submit(_encode_chunk, chunk, settings))
         if len(pending) >= ahead:
             yield pending.popleft().result()
     while pending:
@@ -334,18 +460,21 @@ class _Writer:
 
     def __init__(self, directory: Path, plan: _Plan) -> None:
         self.directory, self.plan = directory, plan
-        self.names = list(dict.fromkeys(name for source in plan.spec.sources for name in source_names(source)))
+        self.names = _file_names(plan.spec)
         self._file_numbers = {name: index for index, name in enumerate(self.names)}
         self.num_rows = 0
         # Arrays, not lists: 28 bytes an example instead of 200.
         self.lengths = array("q")
         self.num_responses = array("i")
+        self.prompt_hashes = array("Q")
+        self.difficulties = array("d")
         self.origin_files = array("i")
         self.origin_lines = array("q")
         self.last: Counter[int] = Counter()  # source -> examples
         self.rows: Counter[int] = Counter()  # source -> rows read
         self.refused: Counter[str] = Counter()
-        self.examples: dict[str, list[BadRow]] = {}  # cause -> its first rows
+        self.remarked: Counter[str] = Counter()
+        self.examples: dict[str, list[Remark]] = {}  # cause -> its first rows
         self.listed: list[BadRow] = []  # the first refused rows that are not too long
         self._files: list[BinaryIO] = []
 
@@ -365,18 +494,23 @@ class _Writer:
         self.last[chunk.source] += len(chunk.lengths)
         self.lengths.extend(chunk.lengths)
         self.num_responses.extend(chunk.num_responses)
+        self.prompt_hashes.extend(chunk.prompt_hashes)
+        self.difficulties.extend(chunk.difficulties)
         self.origin_files.extend(self._file_numbers[origin.path] for origin in chunk.origins)
         self.origin_lines.extend(origin.line for origin in chunk.origins)
         for row in chunk.refused:
-            self._count(row)
+            self.refused[row.cause] += 1
+            self._keep(row)
+            if row.cause != "too_long" and len(self.listed) < NUM_LISTED:
+                self.listed.append(row)
+        for remark in chunk.remarks:
+            self.remarked[remark.cause] += 1
+            self._keep(remark)
 
-    def _count(self, row: BadRow) -> None:
-        self.refused[row.cause] += 1
-        examples = self.examples.setdefault(row.cause, [])
+    def _keep(self, remark: Remark) -> None:
+        examples = self.examples.setdefault(remark.cause, [])
         if len(examples) < NUM_LISTED:
-            examples.append(row)
-        if row.cause != "too_long" and len(self.listed) < NUM_LISTED:
-            self.listed.append(row)
+            examples.append(remark)
 
     def finish(self) -> None:
         """Write the index and the counts; the caller has checked that there are examples."""
@@ -384,6 +518,8 @@ class _Writer:
             self.directory / "index.npz",
             offsets=np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]),
             num_responses=np.asarray(self.num_responses, dtype=np.int32),
+            prompt_hash=np.asarray(self.prompt_hashes, dtype=np.uint64),
+            difficulty=np.asarray(self.difficulties, dtype=np.float64),
             origin_file=np.asarray(self.origin_files, dtype=np.int32),
             origin_line=np.asarray(self.origin_lines, dtype=np.int64),
         )
@@ -401,7 +537,8 @@ class _Writer:
             "bad_rows": plan.spec.bad_rows,
             "rows_read": self.num_rows,
             "kept": len(self.lengths),
-            "dropped": {cause: self._dropped(cause) for cause in sorted(self.refused)},
+            "dropped": self._listed(self.refused),
+            "notes": self._listed(self.remarked),
             "tokens": sum(self.lengths),
             "response_tokens": sum(self.num_responses),
             "max_length": max(self.lengths),
@@ -418,10 +555,13 @@ class _Writer:
             "files": self.names,
         }
 
-    def _dropped(self, cause: str) -> dict[str, Any]:
+    def _listed(self, counts: Counter[str]) -> dict[str, Any]:
         return {
-            "count": self.refused[cause],
-            "examples": [str(row) for row in self.examples[cause][:NUM_EXAMPLES_PER_CAUSE]],
+            cause: {
+                "count": counts[cause],
+                "examples": [str(row) for row in self.examples[cause][:NUM_EXAMPLES_PER_CAUSE]],
+            }
+            for cause in sorted(counts)
         }
 
 
@@ -434,7 +574,7 @@ def _check_rows(writer: _Writer, plan: _Plan) -> None:
         mend = "mend them, or set data.bad_rows: drop to leave them out and count them"
         raise DataError(_listing(f"{num_bad} bad rows of {writer.num_rows} ({counts}); {mend}", writer.listed, num_bad))
     if num_too_long and plan.spec.too_long == "error":
-        mend = f"raise data.max_tokens={plan.spec.max_tokens}, or set data.too_long: drop"
+        mend = f"raise data.max_tokens={plan.spec.max_tokens}, or set data.too_long: drop or truncate"
         title = f"{num_too_long} rows of {writer.num_rows} are too long; {mend}"
         raise DataError(_listing(title, writer.examples["too_long"], num_too_long))
     if not writer.lengths:
@@ -445,7 +585,7 @@ def _check_rows(writer: _Writer, plan: _Plan) -> None:
         )
 
 
-def _listing(title: str, rows: Sequence[BadRow], total: int) -> str:
+def _listing(title: str, rows: Sequence[Remark], total: int) -> str:
     lines = [f"  {row}" for row in rows]
     more = [f"  ... and {total - len(rows)} more"] if total > len(rows) else []
     return "\n".join([title, *lines, *more])

@@ -1,24 +1,25 @@
 """Conversation -> Example: one render of the chat template, one tokenisation, a verified mask.
 
 What is trained is what the model must write: everything after the generation prompt through the stop token, for every
-assistant turn. Turns are found in the *full* render, because the render of a prefix need not be a prefix of the
-render (Qwen3 drops the thinking of earlier turns): a private-use character at the end of each answer marks it, and the
-header that the template writes before an answer, learned once, gives its start.
+trained turn. Tokens are chosen by the characters they overlap, and then the mask is verified: the trained tokens decode
+to their text, hold the answer, end in a stop token, and take nothing of the prompt with them.
 
 Needs `tokenizers` and `jinja2` only: transformers' AutoTokenizer would import torch into every tokeniser process.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import numpy as np
 import xxhash
+from tokenizers import Encoding
 
-from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, Refused
-from sft_dist.data.template import CHATML, compile_template
+from sft_dist.data.control_tokens import ControlTokens
+from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, Refused, Remark
+from sft_dist.data.masks import CLOSE_THINKING, Markers, SpanFinder
+from sft_dist.data.template import CHATML, ChatTemplate, clip, without_tags
 from sft_dist.data.tokenizer_files import (
     encoder_of,
     final_files,
@@ -30,73 +31,47 @@ from sft_dist.data.tokenizer_files import (
     read_template,
     special_tokens,
 )
-from sft_dist.errors import ConfigError, DataError
+from sft_dist.errors import DataError
 
-# Supplementary private-use planes: characters no text should hold. If a conversation does, the other plane is taken.
-SENTINEL_PLANES = (0xF0000, 0x100000)
-SENTINELS_PER_PLANE = 0xFFFE
+NOWHERE = Origin("", 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """input_ids: [L] int32. is_response: [L] bool, the tokens that are trained. Unshifted."""
+    """input_ids: [L] int32. is_response: [L] bool, the tokens that are trained. Unshifted.
+
+    remarks: what was done to the row that its owner should know; not stored with the tokens.
+    """
 
     input_ids: np.ndarray
     is_response: np.ndarray
     origin: Origin
+    remarks: tuple[Remark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Markers:
-    """What a template writes around an answer, learned from it by rendering a probe.
+class _Job:
+    """A rendered row on its way to tokens. spans: [start, end) in `text` of each trained turn.
 
-    generation_prompt: what `add_generation_prompt` adds.
-    header: its beginning, as far as it also precedes the answers of earlier turns.
-    stops: the tokens that end an answer.
+    named: the text is for the encoder that knows control tokens by their names.
     """
 
-    generation_prompt: str
-    header: str
-    stops: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """A conversation as text. spans: [start, end) in characters of each trained answer, stop token included."""
-
+    conversation: Conversation
     text: str
     spans: tuple[tuple[int, int], ...]
-    answers: tuple[str, ...]
-    origin: Origin
+    turns: tuple[int, ...]
+    remarks: tuple[Remark, ...]
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
-    """A rendered conversation as tokens. ranges: [first, last) tokens of each trained answer."""
+class _Masked:
+    """A row as tokens. ranges: [first, last) tokens of each trained turn. begins: the character where each begins."""
 
+    job: _Job
     ids: list[int]
-    offsets: list[tuple[int, int]]
     ranges: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> "_Tokens":
-        """Choose the tokens that overlap each span of characters.
-
-        Several byte-level tokens can share one character and its offsets; all of them overlap.
-        """
-        bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-        firsts = np.searchsorted(bounds[:, 1], [start for start, _ in spans], side="right")
-        lasts = np.searchsorted(bounds[:, 0], [end for _, end in spans], side="left")
-        return cls(ids, offsets, [(int(first), int(last)) for first, last in zip(firsts, lasts, strict=True)])
-
-    def responses(self) -> list[list[int]]:
-        return [self.ids[first:last] for first, last in self.ranges]
-
-    def example(self, origin: Origin) -> Example:
-        is_response = np.zeros(len(self.ids), dtype=bool)
-        for first, last in self.ranges:
-            is_response[first:last] = True
-        return Example(np.asarray(self.ids, dtype=np.int32), is_response, origin)
+    begins: list[int]
 
 
 class ChatTokenizer:
@@ -108,33 +83,29 @@ class ChatTokenizer:
         self._tokenizer = parse_tokenizer(files, name)
         config = read_json(files, "tokenizer_config.json", name)
         special_map = read_json(files, "special_tokens_map.json", name)
-        template = chat_template if chat_template is not None else own_template(files, config, name)
+        source = chat_template if chat_template is not None else own_template(files, config, name)
         specials = special_tokens(config, special_map)
-        self.added_chatml = template is None
+        self.added_chatml = source is None
         self.added_token_ids: tuple[int, ...] = ()  # tokens that the model has never seen
-        if template is None:
-            template = CHATML
+        if source is None:
+            source = CHATML
             known = self._tokenizer.get_vocab_size(with_added_tokens=True)
             specials |= install_chatml(self._tokenizer, specials)
             self.added_token_ids = tuple(range(known, self._tokenizer.get_vocab_size(with_added_tokens=True)))
-        self.template, self.specials = template, specials
+        self.template, self.specials = source, specials
         self.files = final_files(
-            files, self._tokenizer if self.added_chatml else None, config, special_map, specials, template
+            files, self._tokenizer if self.added_chatml else None, config, special_map, specials, source
         )
-        self._compiled = compile_template(template, name)
         self._encoder = encoder_of(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token.content: number for number, token in added.items()}
-        # Control tokens, which no message may contain; other added tokens (<think>) are words like any other.
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
-        self.markers = self._learn_markers()
+        self._chat_template = ChatTemplate(source, name=name, specials=specials)
+        self._finder = SpanFinder(self._chat_template, added_tokens=self._added)
         self._template_stop_ids = tuple(self._added[stop] for stop in self.markers.stops)
-        stops = _any_of(set(self.markers.stops)).pattern
-        self._stop = re.compile(rf"\s*({stops})")
-        self._stop_at_end = re.compile(rf"({stops})\Z")
-        self._control = _any_of(
-            {*(text for text, number in self._added.items() if number in self.special_ids), *self.markers.stops}
-        )
+        # Other added tokens (<think>, <tool_call>) are words that a row may use like any other.
+        control = {text for text, number in self._added.items() if number in self.special_ids} | set(self.markers.stops)
+        self._control = ControlTokens(self._tokenizer, control)
 
     @classmethod
     def load(
@@ -147,6 +118,11 @@ class ChatTokenizer:
         """
         files = read_files(path, revision)
         return cls(files, name=str(path), chat_template=None if chat_template is None else read_template(chat_template))
+
+    @property
+    def markers(self) -> Markers:
+        """What the template writes around an answer."""
+        return self._finder.markers
 
     @property
     def num_tokens(self) -> int:
@@ -181,123 +157,156 @@ class ChatTokenizer:
         for name, content in self.files.items():
             (directory / name).write_bytes(content)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """The template's text for these messages. Raises DataError if the template refuses them."""
+        conversation = Conversation(tuple(messages), NOWHERE, tuple(map(dict, tools)))
         try:
-            return self._render([(message.role, message.content) for message in messages], add_generation_prompt)
-        except Refused as error:
-            raise DataError(f"{self.name}: {error.reason}") from None
+            return self._render(conversation, add_generation_prompt=add_generation_prompt)
+        except Refused as refused:
+            raise DataError(f"{self.name}: {refused.reason}") from None
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids to generate from: the messages and the generation prompt. Raises DataError for a forged control token."""
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Ids to generate from: the messages and the generation prompt. Control tokens in them are encoded as text.
+
+        Raises DataError if the template refuses the messages.
+        """
+        conversation = Conversation(tuple(messages), NOWHERE, tuple(map(dict, tools)))
         try:
-            self._refuse_control_tokens(messages)
-        except Refused as error:
-            raise DataError(f"{error.reason}; remove it from the message") from None
-        return self._encoder.encode(self.render(messages, add_generation_prompt=True), add_special_tokens=False).ids
+            if self._control.found_in(conversation) is None:
+                text, encoder = self._render(conversation, add_generation_prompt=True), self._encoder
+            else:
+                hidden = self._render(self._control.hide(conversation), add_generation_prompt=True)
+                (text, _), encoder = self._control.name(hidden, []), self._control.encoder
+        except Refused as refused:
+            raise DataError(f"{self.name}: {refused.reason}") from None
+        return encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens included."""
         return self._encoder.decode(list(ids), skip_special_tokens=False)
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Example | BadRow]:
-        """Tokenise and mask a batch, in order. A result is an Example only if its mask was verified; see `_verify`."""
-        marked = [self._mark_or_refuse(conversation) for conversation in conversations]
-        rendered = [item for item in marked if isinstance(item, _Rendered)]
-        encodings = self._encoder.encode_batch([item.text for item in rendered], add_special_tokens=False)
-        tokens = [
-            _Tokens.of(code.ids, code.offsets, item.spans) for code, item in zip(encodings, rendered, strict=True)
-        ]
-        responses = [ids for each in tokens for ids in each.responses()]
+    def encode(
+        self, conversations: Sequence[Conversation], *, control_tokens: str = "neutralise"
+    ) -> list[Example | BadRow]:
+        """Tokenise and mask a batch, in order. A result is an Example only if its mask was verified; see `_verify`.
+
+        control_tokens: what to do with those in the text of a row: neutralise, error or trust.
+        """
+        jobs = [self._job_or_refuse(conversation, control_tokens) for conversation in conversations]
+        found = [job for job in jobs if isinstance(job, _Job)]
+        codes = self._encode_all(found)
+        masked = [_mask(job, code) for job, code in zip(found, codes, strict=True)]
+        responses = [each.ids[first:last] for each in masked for first, last in each.ranges]
         texts = iter(self._encoder.decode_batch(responses, skip_special_tokens=False))
-        examples = iter([self._verified(item, each, texts) for item, each in zip(rendered, tokens, strict=True)])
-        return [next(examples) if isinstance(item, _Rendered) else item for item in marked]
+        examples = iter([self._verified(each, texts) for each in masked])
+        return [next(examples) if isinstance(job, _Job) else job for job in jobs]
 
-    # ------------------------------------------------------------ marking
+    # ------------------------------------------------------------ rendering
 
-    def _mark_or_refuse(self, conversation: Conversation) -> _Rendered | BadRow:
+    def _render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
+        fields = [self._chat_template.fields(message) for message in conversation.messages]
+        text = self._chat_template.render(fields, conversation.tools, add_generation_prompt=add_generation_prompt)
+        return without_tags(text)
+
+    def _job_or_refuse(self, conversation: Conversation, control_tokens: str) -> _Job | BadRow:
         try:
-            self._refuse_control_tokens(conversation.messages)
-            return self._mark(conversation)
-        except Refused as error:
-            return BadRow(conversation.origin, error.cause, error.reason)
+            found = None if control_tokens == "trust" else self._control.found_in(conversation)
+            if found is None:
+                return self._job(conversation)
+            if control_tokens == "error":
+                raise Refused(
+                    "control_token",
+                    f"{found}, which would become a control token; data.control_tokens: neutralise keeps it as text",
+                )
+            return self._neutralised_job(conversation, found)
+        except Refused as refused:
+            return BadRow(conversation.origin, refused.cause, refused.reason)
 
-    def _mark(self, conversation: Conversation) -> _Rendered:
-        """Render with a sentinel at the end of each answer, and once without, to prove that it changed nothing else."""
-        messages = conversation.messages
-        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        sentinels = _free_sentinels(messages, len(turns))
-        marked = [[message.role, message.content] for message in messages]
-        for turn, sentinel in zip(turns, sentinels, strict=True):
-            marked[turn][1] = _append(messages[turn].content, sentinel)
-        text, positions = _take_out(self._render([(role, content) for role, content in marked]), sentinels)
-        if text != self._render([(message.role, message.content) for message in messages]):
-            raise Refused("mask_not_verified", "the template renders an answer differently when its end is marked")
-        _check_nothing_dropped(messages, text)
-        spans, low = [], 0
-        for turn, position in zip(turns, positions, strict=True):
-            span = self._find_span(text, messages[turn].content, low=low, position=position)
-            low = span[1]
-            if messages[turn].train:
-                spans.append(span)
-        answers = tuple(message.content for message in messages if message.train)
-        return _Rendered(text, tuple(spans), answers, conversation.origin)
+    def _job(self, conversation: Conversation) -> _Job:
+        rendered = self._finder.find(conversation)
+        return _Job(
+            conversation,
+            rendered.text,
+            tuple((answer.start, answer.end) for answer in rendered.answers),
+            tuple(answer.turn for answer in rendered.answers),
+            rendered.remarks,
+        )
 
-    def _find_span(self, text: str, answer: str, *, low: int, position: int) -> tuple[int, int]:
-        """[start, end) of the answer that ends at `position` and begins after `low`: from header through stop token."""
-        header, prompt = self.markers.header, self.markers.generation_prompt
-        if header in answer:
-            raise Refused(
-                "mask_not_verified", f"an answer contains {header!r}, by which the template announces an answer"
-            )
-        found = text.rfind(header, low, position)
-        if found < 0:
-            raise Refused("mask_not_verified", f"the template writes an answer without {header!r} before it")
-        stop = self._stop.match(text, position)
-        if stop is None:
-            raise Refused(
-                "mask_not_verified", f"no stop token follows an answer; expected {' or '.join(self.markers.stops)}"
-            )
-        # Templates that open a thinking block in the generation prompt leave it out before earlier answers.
-        start = found + len(prompt if text.startswith(prompt, found) else header)
-        return min(start, position), stop.end()
+    def _neutralised_job(self, conversation: Conversation, found: str) -> _Job:
+        """The row with its control tokens hidden while it is rendered, for the encoder that does not know them."""
+        job = self._job(self._control.hide(conversation))
+        if self._control.reveal(job.text) != self._render(conversation):
+            raise Refused("control_token", f"{found}, and the template treats that in a way of its own")
+        text, places = self._control.name(job.text, [place for span in job.spans for place in span])
+        spans = tuple(zip(places[::2], places[1::2], strict=True))
+        remark = Remark(conversation.origin, "control_tokens_neutralised", f"{found}, encoded as text")
+        return _Job(conversation, text, spans, job.turns, (*job.remarks, remark), named=True)
 
-    def _verified(self, item: _Rendered, tokens: "_Tokens", texts: Iterator[str]) -> Example | BadRow:
-        """texts: takes the decoded text of each of the item's responses from it."""
-        decoded = [next(texts) for _ in tokens.ranges]
+    def _encode_all(self, jobs: Sequence[_Job]) -> list[Encoding]:
+        codes = iter(self._encoder.encode_batch([job.text for job in jobs if not job.named], add_special_tokens=False))
+        return [
+            self._control.encoder.encode(job.text, add_special_tokens=False) if job.named else next(codes)
+            for job in jobs
+        ]
+
+    # ------------------------------------------------------------ verifying
+
+    def _verified(self, masked: _Masked, texts: Iterator[str]) -> Example | BadRow:
+        """texts: takes the decoded text of each of the row's responses from it."""
+        job = masked.job
+        decoded = [next(texts) for _ in masked.ranges]
         try:
-            self._verify(item, tokens, decoded)
-        except Refused as error:
-            return BadRow(item.origin, error.cause, error.reason)
-        return tokens.example(item.origin)
+            self._verify(masked, decoded)
+        except Refused as refused:
+            return BadRow(job.conversation.origin, refused.cause, refused.reason)
+        is_response = np.zeros(len(masked.ids), dtype=bool)
+        for first, last in masked.ranges:
+            is_response[first:last] = True
+        return Example(np.asarray(masked.ids, dtype=np.int32), is_response, job.conversation.origin, job.remarks)
 
-    def _verify(self, item: _Rendered, tokens: "_Tokens", texts: Sequence[str]) -> None:
+    def _verify(self, masked: _Masked, texts: Sequence[str]) -> None:
         """Raise unless each masked span decodes to its text, holds the answer's words and ends in a stop token."""
-        if not tokens.ranges or tokens.ranges[0][0] == 0:
+        job = masked.job
+        if masked.ranges[0][0] == 0:
             raise Refused(
                 "mask_not_verified",
                 "the first token would be a response; it has nothing before it to be predicted from",
             )
-        for (first, last), (start, end), answer, decoded in zip(
-            tokens.ranges, item.spans, item.answers, texts, strict=True
-        ):
-            if first >= last or tokens.ids[last - 1] not in self._template_stop_ids:
-                raise Refused("mask_not_verified", "a response does not end in a stop token")
+        for index, ((first, last), (start, end)) in enumerate(zip(masked.ranges, job.spans, strict=True)):
+            turn, decoded = job.turns[index], texts[index]
+            if first >= last or masked.ids[last - 1] not in self._template_stop_ids:
+                raise Refused("mask_not_verified", f"turn {turn + 1} does not end in a stop token")
             # A token may begin in the white space that ends the generation prompt: "\n" + "\nyes" is one "\n\n".
-            begin = min(start, tokens.offsets[first][0])
-            if item.text[begin:start].strip():
-                raise Refused(
-                    "mask_not_verified", f"a token joins {item.text[begin:start]!r} of the prompt with the response"
-                )
-            span = item.text[begin:end]
-            if not self._same_text(decoded, span):
-                raise Refused("mask_not_verified", f"the trained tokens decode to {clip(decoded)}, not {clip(span)}")
-            body = self._stop_at_end.sub("", span).rstrip()
-            if not body.endswith(_words(answer)):
+            begin = min(start, masked.begins[index])
+            if job.text[begin:start].strip():
                 raise Refused(
                     "mask_not_verified",
-                    f"the response {clip(body)} does not end with the answer {clip(_words(answer))}",
+                    f"a token joins {job.text[begin:start]!r} of the prompt with the answer of turn {turn + 1}",
                 )
+            span = job.text[begin:end]
+            span = self._control.unname(span) if job.named else span
+            if not self._same_text(decoded, span):
+                raise Refused("mask_not_verified", f"the trained tokens decode to {clip(decoded)}, not {clip(span)}")
+            self._verify_words(job.conversation.messages[turn], span)
+
+    def _verify_words(self, message: Message, span: str) -> None:
+        """Raise unless a span ends with the answer, or holds it and every function that is called after it.
+
+        Templates may move or drop the thinking before the words.
+        """
+        words = message.content.rpartition(CLOSE_THINKING)[2].strip()
+        parts = [words, *(call.name for call in message.tool_calls)]
+        missing = next((part for part in parts if part not in span), None)
+        if missing is None and not message.tool_calls and not self._finder.words_of(span).rstrip().endswith(words):
+            missing = words
+        if missing is not None:
+            raise Refused("mask_not_verified", f"the trained text {clip(span)} does not end with {clip(missing)}")
 
     def _same_text(self, decoded: str, span: str) -> bool:
         return decoded == span or self._canonical(decoded) == self._canonical(span)
@@ -310,130 +319,29 @@ class ChatTokenizer:
         normal: str = normalizer.normalize_str(text)
         return normal.replace("\u2581", " ").strip()
 
-    # ------------------------------------------------------------ template
-
-    def _render(self, turns: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        try:
-            return self._compiled.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.specials,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise Refused(
-                "template_refused", f"the chat template refuses this conversation: {clip(str(error))}"
-            ) from None
-
-    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
-        for index, message in enumerate(messages):
-            if found := self._control.search(message.content):
-                raise Refused(
-                    "control_token",
-                    f"turn {index + 1} ({message.role}) contains {found.group()!r}, which would become a control token",
-                )
-
-    def _learn_markers(self) -> Markers:
-        """Render a probe and read off what surrounds answers. Raises ConfigError if nothing does."""
-        ask, answer, mark = "Probe question?", "Probe answer.", chr(SENTINEL_PLANES[0])
-        try:
-            prefix = self._render([("user", ask)])
-            prompted = self._render([("user", ask)], add_generation_prompt=True)
-            turns = [("user", ask), ("assistant", answer + mark)] * 2
-            full = self._render(turns)
-        except Refused as error:
-            raise ConfigError(f"{self.name}: {error.reason}; give another template in data.chat_template") from None
-        # Some templates have no generation prompt of their own: what ends the question then announces the answer.
-        prompt = prompted[len(prefix) :] if prompted.startswith(prefix) else ""
-        prompt = prompt or prompted[prompted.rfind(ask) + len(ask) :]
-        ends = [match.start() for match in re.finditer(mark, full)]
-        if len(ends) != 2 or ask not in prompted:
-            raise ConfigError(
-                f"{self.name}: the chat template does not render each answer once; give another in data.chat_template"
-            )
-        header = min((_header_before(full, ask, answer, end, prompt) for end in ends), key=len)
-        stops = [self._stop_after(full, end + 1) for end in ends]
-        if not header.strip() or None in stops:
-            raise ConfigError(self._no_markers(header))
-        return Markers(prompt, header, tuple(sorted(set(filter(None, stops)))))
-
-    def _stop_after(self, text: str, position: int) -> str | None:
-        match = re.compile(rf"\s*({_any_of(set(self._added)).pattern})").match(text, position)
-        return match.group(1) if match else None
-
-    def _no_markers(self, header: str) -> str:
-        if header.strip():
-            missing = (
-                "ends answers with no special token of this tokenizer, so answers have no end that a model could learn"
-            )
-        else:
-            missing = "writes nothing before an answer, so answers have no beginning that a mask could start at"
-        return (
-            f"{self.name}: the chat template {missing}; give a template that fits the tokenizer in data.chat_template"
-        )
-
     def _id_of(self, name: str) -> int | None:
         text = self.specials.get(name)
         return None if text is None else self._tokenizer.token_to_id(text)
 
 
-# ---------------------------------------------------------------- spans
+def _mask(job: _Job, code: Encoding) -> _Masked:
+    """Choose the tokens that overlap each span of characters.
+
+    Several byte-level tokens can share one character and its offsets; all of them overlap.
+    """
+    ranges, begins = [], []
+    for start, end in job.spans:
+        first, last = _token_from(code, start, end), code.char_to_token(end - 1)  # the stop token is one token
+        ranges.append((first, last + 1) if first is not None and last is not None else (0, 0))
+        chars = None if first is None else code.token_to_chars(first)
+        begins.append(start if chars is None else chars[0])
+    return _Masked(job, code.ids, ranges, begins)
 
 
-def _header_before(full: str, ask: str, answer: str, end: int, prompt: str) -> str:
-    """The longest beginning of the generation prompt that stands between question and answer, "" if none does."""
-    begin = full.rfind(answer, 0, end)
-    between = full[full.rfind(ask, 0, begin) + len(ask) : begin]
-    return next((prompt[:size] for size in range(len(prompt), 0, -1) if prompt[:size] in between), "")
-
-
-def _free_sentinels(messages: Sequence[Message], count: int) -> list[str]:
-    """`count` characters that occur in no message. Raises Refused if both private-use planes are taken."""
-    text = "".join(message.content for message in messages)
-    for plane in SENTINEL_PLANES:
-        if count <= SENTINELS_PER_PLANE and not re.search(
-            f"[{chr(plane)}-{chr(plane + SENTINELS_PER_PLANE - 1)}]", text
-        ):
-            return [chr(plane + index) for index in range(count)]
-    raise Refused(
-        "mask_not_verified", "contains private-use characters of both supplementary planes, which mark answers here"
-    )
-
-
-def _append(content: str, sentinel: str) -> str:
-    """Put the sentinel before trailing white space: a template's `trim` must still see the white space."""
-    body = content.rstrip()
-    return body + sentinel + content[len(body) :]
-
-
-def _take_out(marked: str, sentinels: Sequence[str]) -> tuple[str, list[int]]:
-    """The text without sentinels, and where each of them stood in that text."""
-    positions = [marked.find(sentinel) for sentinel in sentinels]
-    if -1 in positions or positions != sorted(positions) or any(marked.count(sentinel) != 1 for sentinel in sentinels):
-        raise Refused("mask_not_verified", "the template does not render each answer once and in order")
-    pieces = re.split("|".join(sentinels), marked) if sentinels else [marked]
-    return "".join(pieces), [position - index for index, position in enumerate(positions)]
-
-
-def _check_nothing_dropped(messages: Sequence[Message], text: str) -> None:
-    for index, message in enumerate(messages):
-        if message.role != "assistant" and message.content.strip() not in text:
-            raise Refused("message_dropped", f"the template leaves out or rewrites turn {index + 1} ({message.role})")
-
-
-def _words(answer: str) -> str:
-    """The part of an answer that every template keeps: templates may move or drop the thinking before it."""
-    return answer.rpartition("</think>")[2].strip()
-
-
-def _any_of(texts: set[str]) -> re.Pattern[str]:
-    """Matches any of the texts, the longest first; never matches if there are none."""
-    return re.compile(
-        "|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text))) or r"(?!)"
-    )
-
-
-def clip(text: str, limit: int = 80) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "…")
+def _token_from(code: Encoding, start: int, end: int) -> int | None:
+    """The token of the first of these characters that is in a token at all: tokenizers may drop white space."""
+    for place in range(start, end):
+        token = code.char_to_token(place)
+        if token is not None:
+            return token
+    return None

@@ -1,7 +1,11 @@
 """The types in which a row travels: raw, as a conversation, or as a row that cannot be trained on."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import xxhash
 
 
 class Origin(NamedTuple):
@@ -16,10 +20,10 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as read: the bytes of its JSON text, or its columns."""
+    """A row as read: the bytes of its JSON text, its columns, or why it cannot be told what it holds."""
 
     origin: Origin
-    data: bytes | dict[str, Any]
+    data: "bytes | dict[str, Any] | BadRow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,11 @@ class Message:
     name: str | None = None
     tool_call_id: str | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the turn is nothing but a role and a text, as nearly all are."""
+        return not (self.tool_calls or self.reasoning or self.name or self.tool_call_id)
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -57,10 +66,44 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     difficulty: float | None = None
 
+    def strings(self) -> Iterator[str]:
+        """Every text that the row brings into a render."""
+        for message in self.messages:
+            yield message.content
+            yield from (text for text in (message.reasoning, message.name, message.tool_call_id) if text)
+            for call in message.tool_calls:
+                yield call.name
+                yield from strings_in([call.id, call.arguments])
+        yield from strings_in(self.tools)
+
+    def with_strings(self, change: Callable[[str], str]) -> "Conversation":
+        """The conversation with every such text changed."""
+
+        def inside(value: Any) -> Any:
+            if isinstance(value, str):
+                return change(value)
+            if isinstance(value, dict):
+                return {change(key): inside(inner) for key, inner in value.items()}
+            return type(value)(map(inside, value)) if isinstance(value, (list, tuple)) else value
+
+        def changed(message: Message) -> Message:
+            return replace(
+                message,
+                content=change(message.content),
+                reasoning=inside(message.reasoning),
+                name=inside(message.name),
+                tool_call_id=inside(message.tool_call_id),
+                tool_calls=tuple(
+                    ToolCall(change(call.name), inside(call.arguments), inside(call.id)) for call in message.tool_calls
+                ),
+            )
+
+        return replace(self, messages=tuple(map(changed, self.messages)), tools=inside(self.tools))
+
 
 @dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be trained on. cause: short key to count by; reason: one sentence for the user."""
+class Remark:
+    """Something to say about a row. cause: short key to count by; reason: one sentence for the user."""
 
     origin: Origin
     cause: str
@@ -70,9 +113,42 @@ class BadRow:
         return f"{self.origin}: {self.reason}"
 
 
+class BadRow(Remark):
+    """Says why a row cannot be trained on."""
+
+    __slots__ = ()
+
+
 class Refused(Exception):
     """Carries cause and reason from where a row is found bad to where it becomes a BadRow."""
 
     def __init__(self, cause: str, reason: str) -> None:
         super().__init__(reason)
         self.cause, self.reason = cause, reason
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """The texts inside a JSON value, keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from strings_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from strings_in(inner)
+
+
+def prompt_hash(conversation: Conversation) -> int:
+    """64 bits, equal for rows that ask the same: all before the first trained turn, up to case and white space.
+
+    Rows without a prompt are told apart by what they answer.
+    """
+    first = next((index for index, message in enumerate(conversation.messages) if message.train), 0)
+    asked = conversation.messages[:first] or conversation.messages
+    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in asked)
+    return xxhash.xxh3_64_intdigest(_SPACE.sub(" ", text).strip().casefold().encode("utf-8", "replace"))
+
+
+_SPACE = re.compile(r"\s+")

@@ -1,27 +1,39 @@
 """Raw row -> Conversation: the row formats that people have, and what is wrong with a row.
 
-`parse_row` never raises for bad data: it returns a `BadRow` that says where and why.
+    messages            messages: [{role, content, ...}, ...]
+    prompt_completion   prompt, completion: texts, or lists of such turns; turns of the prompt do not train
+    alpaca              instruction, input?, output, history?: [[question, answer], ...]
+    sharegpt            conversations: [{from, value}, ...]
+
+Every format may have `system` and `tools` beside these. `parse_row` never raises for bad data: it returns a `BadRow`
+that says where and why.
 """
 
-import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from sft_dist.config import Source
 from sft_dist.data.conversation import BadRow, Conversation, Message, RawRow, Refused
 from sft_dist.data.files import iter_rows
+from sft_dist.data.strict_json import check_text, clip, kind_of, list_keys, parse_inner_json, parse_json, without_nulls
+from sft_dist.data.turns import ROW_FIELDS_REFUSED, parse_text, parse_tools, parse_turns, refuse_fields
 from sft_dist.errors import DataError
 
-FORMAT_KEYS = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("instruction", "output")}
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-# Fields that change what is trained and that no format here can express yet: refused, because ignoring them trains
-# something else than what the row says.
-ROW_FIELDS_REFUSED = ("tools", "functions", "images", "videos", "audios")
-TURN_FIELDS_REFUSED = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking")
+FORMAT_KEYS = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+}
 NUM_ROWS_TO_DETECT = 100
+# Text columns whose cells hold JSON. A prompt or a completion may be any text, also one that begins with a bracket.
+JSON_CELLS = ("messages", "conversations", "history")
+TURNS_IN_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
 def detect_format(source: Source) -> str:
@@ -34,11 +46,13 @@ def detect_format(source: Source) -> str:
     votes: Counter[str] = Counter()
     seen: list[str] = []
     for raw in islice(iter_rows(source), NUM_ROWS_TO_DETECT):
+        if isinstance(raw.data, BadRow):
+            continue
         try:
-            row = _row_object(raw.data)
+            row = _row_fields(raw.data)
         except Refused:
             continue
-        votes.update(name for name, keys in FORMAT_KEYS.items() if all(key in row for key in keys))
+        votes.update(_formats_of(row))
         seen += [key for key in row if key not in seen]
     if votes:
         return votes.most_common(1)[0][0]
@@ -47,175 +61,238 @@ def detect_format(source: Source) -> str:
     raise DataError(f"{source.path}: no known row format: {keys}; expected {known}")
 
 
-def parse_row(row: RawRow, row_format: str) -> Conversation | BadRow:
-    """Turn a raw row into a conversation, all of whose assistant turns train, or say what is wrong with it."""
+def parse_row(
+    row: RawRow, row_format: str, *, turns: str = "all", difficulty_field: str | None = None
+) -> Conversation | BadRow:
+    """Turn a raw row into a conversation, or say what is wrong with it.
+
+    turns: which assistant turns train unless the row says otherwise, all or last.
+    difficulty_field: the key of the row's difficulty, dotted where it is nested; every row must have it.
+    """
+    if isinstance(row.data, BadRow):
+        return row.data
     try:
-        fields = _row_object(row.data)
-        _refuse_fields(fields, ROW_FIELDS_REFUSED, "the row")
+        fields = _row_fields(row.data)
+        refuse_fields(fields, ROW_FIELDS_REFUSED, "the row")
+        _require_keys(fields, row_format)
+        is_text = not isinstance(row.data, bytes) and _is_text(fields)
+        if is_text:
+            fields = _parse_cells(fields)
         messages = _PARSERS[row_format](fields)
+        if "system" in fields:
+            messages = _with_system(messages, fields["system"])
         _check_structure(messages)
+        messages = _choose_trained(messages, turns=turns)
+        tools = parse_tools(fields)
+        difficulty = None if difficulty_field is None else _difficulty(fields, difficulty_field, is_text=is_text)
     except Refused as refused:
         return BadRow(row.origin, refused.cause, refused.reason)
-    return Conversation(tuple(messages), row.origin)
+    return Conversation(tuple(messages), row.origin, tools, difficulty)
 
 
-def _row_object(data: bytes | dict[str, Any]) -> dict[str, Any]:
-    """The fields of a row without those that are null: Arrow fills keys that other rows have with nulls."""
-    row = _parse_json(data) if isinstance(data, bytes) else data
+# ---------------------------------------------------------------- the row
+
+
+def _row_fields(data: bytes | dict[str, Any]) -> dict[str, Any]:
+    row = parse_json(data) if isinstance(data, bytes) else data
     if not isinstance(row, dict):
-        raise Refused("bad_structure", f"a row is an object with named fields, this is {_kind(row)}")
-    return _without_nulls(row)
+        raise Refused("bad_structure", f"a row is an object with named fields, this is {kind_of(row)}")
+    return without_nulls(row)
 
 
-def _parse_json(raw: bytes) -> Any:
-    if b"\x00" in raw:
-        raise Refused("control_character", "contains a NUL byte")
+def _formats_of(row: Mapping[str, Any]) -> list[str]:
+    return [name for name, keys in FORMAT_KEYS.items() if all(key in row for key in keys)]
+
+
+def _require_keys(row: Mapping[str, Any], row_format: str) -> None:
+    for key in FORMAT_KEYS[row_format]:
+        if key not in row:
+            found = _formats_of(row)
+            if not found:
+                raise Refused("bad_structure", f"no {key!r}; the row's keys are {list_keys(row)}")
+            has = " and ".join(map(repr, FORMAT_KEYS[found[0]]))
+            raise Refused(
+                "bad_structure",
+                f"no {key!r}; the row has {has}, which is the {found[0]} format, and this source is read as "
+                f"{row_format}: set its format in the recipe, or split the file",
+            )
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    """Whether all columns are text, as in a CSV file, so that lists and numbers can only be written as text."""
+    return all(isinstance(value, str) for value in row.values())
+
+
+def _parse_cells(row: Mapping[str, str]) -> dict[str, Any]:
+    """Text columns with the JSON of lists parsed. `tools` may be JSON text in every row and is parsed there."""
+    parsed: dict[str, Any] = dict(row)
+    for key in JSON_CELLS:
+        if row.get(key, "").lstrip().startswith("["):
+            parsed[key] = parse_inner_json(row[key], repr(key), expected="a list")
+    for key in FORMAT_KEYS["prompt_completion"]:
+        if TURNS_IN_CELL.match(row.get(key, "")):
+            parsed[key] = parse_inner_json(row[key], repr(key), expected="a list of turns")
+    return parsed
+
+
+def _difficulty(row: Mapping[str, Any], field: str, *, is_text: bool) -> float:
+    value: Any = row.get(field)
+    if value is None:
+        value = row
+        for key in field.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+    if value is None:
+        raise Refused("bad_difficulty", f"no {field!r}, by which data.order sorts; the row's keys are {list_keys(row)}")
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Refused("invalid_utf8", f"invalid UTF-8 at byte {error.start} of the row: {error.reason}") from None
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise Refused("malformed_json", f"malformed JSON at column {error.pos + 1}: {error.msg}") from None
-    except (RecursionError, ValueError) as error:
-        raise Refused("malformed_json", f"JSON that cannot be read: {_clip(str(error))}") from None
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # float() takes Python's 1_000 too.
+        is_number = is_number or (is_text and isinstance(value, str) and "_" not in value)
+        number = float(value) if is_number else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = clip(repr(value)) if isinstance(value, (str, bool, float)) else kind_of(value)
+        raise Refused("bad_difficulty", f"{field!r} is {shown}; data.order sorts by it: expected a finite number")
+    return number
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise Refused("malformed_json", f"the key {twice!r} occurs twice in one object")
-    return found
+# ---------------------------------------------------------------- formats
 
 
 def _parse_messages(row: Mapping[str, Any]) -> list[Message]:
-    return _turns(row, "messages", keys=("role", "content"), roles=ROLES)
+    return parse_turns(row["messages"], "messages")
 
 
 def _parse_sharegpt(row: Mapping[str, Any]) -> list[Message]:
-    turns = _turns(row, "conversations", keys=("from", "value"), roles=SHAREGPT_ROLES)
-    system = _text(row.get("system", ""), "'system'")
-    return [Message("system", system), *turns] if system else turns
+    return parse_turns(row["conversations"], "conversations", is_sharegpt=True)
+
+
+def _parse_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list):
+        before = parse_turns(prompt, "prompt", is_prompt=True)
+    else:
+        before = [Message("user", check_text(prompt, "'prompt'"))]
+    if not isinstance(completion, list):
+        return [*before, Message("assistant", check_text(completion, "'completion'"), train=True)]
+    after = parse_turns(completion, "completion")
+    if not after or after[0].role != "assistant":
+        first = f"begins with a {after[0].role} turn, which belongs in 'prompt'" if after else "is empty"
+        raise Refused("bad_structure", f"'completion' {first}; expected an assistant turn first")
+    return [*before, *after]
 
 
 def _parse_alpaca(row: Mapping[str, Any]) -> list[Message]:
-    if row.get("history"):
-        raise Refused(
-            "unsupported_field",
-            "has earlier turns in 'history', which Alpaca rows cannot hold here; use the messages format",
-        )
-    for key in FORMAT_KEYS["alpaca"]:
-        if key not in row:
-            raise Refused("bad_structure", f"no {key!r}, which an Alpaca row needs; its keys are {_keys(row)}")
-    instruction, extra = _text(row["instruction"], "'instruction'"), _text(row.get("input", ""), "'input'")
-    system = _text(row.get("system", ""), "'system'")
-    prompt = f"{instruction}\n\n{extra}" if extra else instruction
-    turns = [Message("user", prompt), Message("assistant", _text(row["output"], "'output'"), train=True)]
-    return [Message("system", system), *turns] if system else turns
+    """The answers of `history` are assistant turns like any other: they train unless data.turns is last."""
+    instruction, extra = check_text(row["instruction"], "'instruction'"), check_text(row.get("input", ""), "'input'")
+    prompt = f"{instruction}\n\n{extra}" if instruction and extra else instruction or extra
+    answer = Message("assistant", check_text(row["output"], "'output'"), train=True)
+    return [*_history(row.get("history", [])), Message("user", prompt), answer]
+
+
+def _history(history: Any) -> list[Message]:
+    if not isinstance(history, list):
+        raise Refused("bad_structure", f"'history' is {kind_of(history)}; expected a list of [question, answer] pairs")
+    turns: list[Message] = []
+    for index, pair in enumerate(history):
+        where = f"history[{index}]"
+        if not isinstance(pair, list) or len(pair) != 2:
+            what = f"a list of {len(pair)}" if isinstance(pair, list) else kind_of(pair)
+            raise Refused("bad_structure", f"{where} is {what}; expected a pair [question, answer]")
+        turns.append(Message("user", check_text(pair[0], f"{where}[0]")))
+        turns.append(Message("assistant", check_text(pair[1], f"{where}[1]"), train=True))
+    return turns
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
     "messages": _parse_messages,
-    "sharegpt": _parse_sharegpt,
+    "prompt_completion": _parse_prompt_completion,
     "alpaca": _parse_alpaca,
+    "sharegpt": _parse_sharegpt,
 }
 
 
-def _turns(row: Mapping[str, Any], field: str, *, keys: tuple[str, str], roles: Mapping[str, str]) -> list[Message]:
-    if field not in row:
-        raise Refused("bad_structure", f"no {field!r}; the row's keys are {_keys(row)}")
-    turns = row[field]
-    if not isinstance(turns, list):
-        raise Refused("bad_structure", f"{field!r} is {_kind(turns)}; expected a list of turns")
-    return [_turn(turn, f"{field}[{index}]", keys=keys, roles=roles) for index, turn in enumerate(turns)]
+def _with_system(messages: list[Message], system: Any) -> list[Message]:
+    """The turns behind the system prompt that a row has beside them. Said twice in the same words, it counts once."""
+    text = parse_text(system, "'system'")
+    if not text:
+        return messages
+    if messages and messages[0].role == "system":
+        if messages[0].content != text:
+            raise Refused("bad_structure", "the row has 'system' and a first system turn that differs; keep one")
+        return messages
+    return [Message("system", text), *messages]
 
 
-def _turn(turn: Any, where: str, *, keys: tuple[str, str], roles: Mapping[str, str]) -> Message:
-    if not isinstance(turn, dict):
-        raise Refused("bad_structure", f"{where} is {_kind(turn)}; expected an object with {keys[0]!r} and {keys[1]!r}")
-    turn = _without_nulls(turn)
-    _refuse_fields(turn, TURN_FIELDS_REFUSED, where)
-    for key in ("weight", "train"):
-        if turn.get(key) not in (None, 1):  # True == 1
-            raise Refused("unsupported_field", f"{where} has {key}={turn[key]!r}; all turns train")
-    for key in keys:
-        if key not in turn:
-            raise Refused("bad_structure", f"{where} has no {key!r}; its keys are {_keys(turn)}")
-    name = turn[keys[0]]
-    role = roles.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise Refused("unknown_role", f"{where} has the role {_clip(repr(name))}; expected one of {', '.join(roles)}")
-    return Message(role, _text(turn[keys[1]], f"{where}.{keys[1]}"), train=role == "assistant")
+# ---------------------------------------------------------------- the conversation
+
+
+def _choose_trained(messages: list[Message], *, turns: str) -> list[Message]:
+    """Leave `train` to the last assistant turn alone if turns is last. Raises Refused if nothing trains."""
+    if turns == "last":
+        last = max(index for index, message in enumerate(messages) if message.role == "assistant")
+        if not messages[last].train:
+            raise Refused(
+                "no_response",
+                f"the last assistant turn (turn {last + 1}) has train: false, and data.turns is last, so that nothing "
+                "trains; leave the row out or let the turn train",
+            )
+        return [
+            replace(message, train=False) if message.train and index != last else message
+            for index, message in enumerate(messages)
+        ]
+    if not any([message.train for message in messages]):
+        raise Refused(
+            "no_response",
+            "every assistant turn has train: false, or weight: 0; leave the row out or let a turn train",
+        )
+    return messages
 
 
 def _check_structure(messages: Sequence[Message]) -> None:
     if not messages:
         raise Refused("bad_structure", "the conversation is empty")
-    if not any(message.train for message in messages):
-        raise Refused(
-            "no_assistant_turn",
-            f"no assistant turn, nothing to train on; roles are {', '.join(m.role for m in messages[:8])}",
-        )
+    is_answered = has_tool_turn = False
+    before: Message | None = None
     for index, message in enumerate(messages):
-        if message.role != "system" and not message.content.strip():
-            raise Refused("empty_content", f"turn {index + 1} ({message.role}) is empty")
-        if index and message.role == "assistant" and message == messages[index - 1]:
-            raise Refused("bad_structure", f"turn {index + 1} repeats the assistant turn before it")
+        role, content = message.role, message.content
+        if (not content or content.isspace()) and (role == "user" or (role == "assistant" and not message.tool_calls)):
+            raise Refused("empty_content", f"turn {index + 1} ({role}) is empty; leave it out or give it a text")
+        if role == "assistant":
+            is_answered = True
+            if before is not None and before.role == role and _says_the_same(message, before):
+                raise Refused("bad_structure", f"turn {index + 1} repeats the assistant turn before it")
+        has_tool_turn = has_tool_turn or role == "tool"
+        before = message
+    if not is_answered:
+        roles = ", ".join(message.role for message in messages[:8])
+        raise Refused("no_assistant_turn", f"no assistant turn, nothing to train on; roles are {roles}")
+    if has_tool_turn:
+        _check_tool_turns(messages)
 
 
-def _text(value: Any, where: str) -> str:
-    """A string, or a list of `{"type": "text", "text": ...}` parts joined; UTF-8 can encode it and it has no NUL."""
-    if isinstance(value, list):
-        value = "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(value))
-    if not isinstance(value, str):
-        raise Refused("bad_structure", f"{where} is {_kind(value)}; expected text")
-    if "\x00" in value:
-        raise Refused("control_character", f"{where} contains a NUL character")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Refused("invalid_utf8", f"{where} has half a surrogate pair at character {error.start + 1}") from None
-    return value
+def _says_the_same(one: Message, other: Message) -> bool:
+    return (one.content, one.reasoning, one.tool_calls) == (other.content, other.reasoning, other.tool_calls)
 
 
-def _part(part: Any, where: str) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise Refused("bad_structure", f'{where} is not {{"type": "text", "text": ...}}; only text can be trained on')
-    return text
+def _check_tool_turns(messages: Sequence[Message]) -> None:
+    """Every tool turn comes after an assistant turn, and names a call that was made if it names one.
 
-
-def _refuse_fields(fields: Mapping[str, Any], refused: Sequence[str], where: str) -> None:
-    for key in refused:
-        if fields.get(key):
+    The calls themselves may stand in the text, as in rows that were rendered once already.
+    """
+    ids: set[str | None] = set()
+    is_answered = False
+    for index, message in enumerate(messages):
+        is_answered = is_answered or message.role == "assistant"
+        ids.update(call.id for call in message.tool_calls)
+        if message.role != "tool":
+            continue
+        if not is_answered:
+            raise Refused("bad_structure", f"turn {index + 1} (tool) answers nothing: no assistant turn is before it")
+        if message.tool_call_id is not None and ids and message.tool_call_id not in ids and None not in ids:
+            known = list_keys(sorted(filter(None, ids)))
             raise Refused(
-                "unsupported_field",
-                f"{where} has {key!r}, which is not supported; leaving it out would train something else",
+                "bad_structure",
+                f"turn {index + 1} (tool) has the tool_call_id {clip(repr(message.tool_call_id), 60)}; "
+                f"the calls before it are {known}",
             )
-
-
-def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _keys(fields: Mapping[str, Any]) -> str:
-    return _clip(", ".join(map(repr, fields))) or "none"
-
-
-def _clip(text: str, limit: int = 120) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

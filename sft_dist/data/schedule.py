@@ -1,10 +1,10 @@
 """Which examples make up each step, and how a step is laid out over ranks and micro-batches.
 
-Pure numpy. The two halves never mix: `Schedule` decides the steps from data, seed and lengths alone;
+Pure numpy. The two halves never mix: `Schedule` cuts the draws of data/draws.py into steps, from lengths alone;
 `spread` lays one step out for a world size and a pack size. So neither the number of GPUs nor the
 packing can change what a step computes.
 
-    draws of an epoch      [ 7 2 9 0 4 | 1 8 3 6 5 | 11 10 ]     a permutation cut into steps
+    draws of an epoch      [ 7 2 9 0 4 | 1 8 3 6 5 | 11 10 ]     a permutation, or easy first, cut into steps
     one step               { 7 2 9 0 4 }                         the global batch, N = 5
     packs, world_size 2    micro-step 0: rank 0 [9], rank 1 [7 0]
                            micro-step 1: rank 0 [2 4], rank 1 filler
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sft_dist.data.draws import Draws, Pool
 from sft_dist.errors import ConfigError
 
 Lengths = NDArray[np.int64]
@@ -78,8 +79,8 @@ class Schedule:
         num_responses: Lengths,
         *,
         seed: int,
-        sources: Sequence[tuple[int, int]] | None = None,
-        weights: Sequence[float] | None = None,
+        pools: Sequence[Pool] | None = None,
+        ease: NDArray[np.generic] | None = None,
         examples: int | None = None,
         tokens: int | None = None,
         epochs: int | None = None,
@@ -88,19 +89,23 @@ class Schedule:
         """Cut the draws of every epoch into steps.
 
         lengths, num_responses: `[n]`, tokens and trained tokens of each example.
-        sources: example ranges, default one; weights: copies of each in an epoch (see `epoch_draws`).
+        pools: what is drawn of each source, default every example once. ease: `[n]`, what draws are sorted by.
         examples or tokens: what a step is. epochs or steps: how long the run is.
         Raises ConfigError when there is nothing to draw.
         """
         self.lengths = lengths
         self.num_responses = num_responses
-        self._sources = tuple(sources) if sources is not None else ((0, len(lengths)),)
-        self._weights = tuple(weights) if weights is not None else (1.0,) * len(self._sources)
-        self._seed = seed
+        pools = [Pool(np.arange(len(lengths), dtype=np.int64))] if pools is None else pools
+        self._draws = Draws(pools, seed=seed, ease=ease)
         self._examples, self._tokens = examples, tokens
         self._cached: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
         self._epoch_ends = self._count_steps(epochs, steps)
         self.num_steps = steps if steps is not None else self._epoch_ends[-1]
+
+    @property
+    def num_draws(self) -> int:
+        """Draws of an epoch."""
+        return self._draws.num_draws
 
     def example_ids(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """(epoch, ids `[N]` in draw order) of a step in 1..num_steps."""
@@ -112,7 +117,7 @@ class Schedule:
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if self._cached is None or self._cached[0] != epoch:
-            draws = epoch_draws(self._sources, self._weights, seed=self._seed, epoch=epoch)
+            draws = self._draws.of_epoch(epoch)
             bounds = step_bounds(self.lengths[draws], examples=self._examples, tokens=self._tokens)
             self._cached = (epoch, draws, bounds)
         return self._cached[1], self._cached[2]
@@ -121,32 +126,13 @@ class Schedule:
         """Last step of each epoch that the run touches. Token-sized steps differ in number from epoch to epoch."""
         ends = [0]
         while len(ends) <= epochs if epochs is not None else ends[-1] < (steps or 1):
-            ends.append(ends[-1] + len(self._epoch(len(ends) - 1)[1]) - 1)
+            ends.append(ends[-1] + self._num_steps_of(len(ends) - 1))
         return ends[1:]
 
-
-def epoch_draws(
-    sources: Sequence[tuple[int, int]], weights: Sequence[float], *, seed: int, epoch: int
-) -> NDArray[np.int64]:
-    """The draws of an epoch in the order in which they are trained: `[num_draws]` example ids.
-
-    Each source gives floor(weight) copies of itself plus a seeded subset of the rest; all are permuted together.
-    """
-    rng = np.random.Generator(np.random.PCG64([seed, epoch]))
-    parts = []
-    for (start, end), weight in zip(sources, weights, strict=True):
-        ids = np.arange(start, end, dtype=np.int64)
-        copies = int(weight)
-        parts += [ids] * copies
-        extra = round((weight - copies) * len(ids))
-        if extra:
-            parts.append(rng.choice(ids, size=extra, replace=False))
-    draws = np.concatenate(parts) if parts else np.empty(0, np.int64)
-    if not len(draws):
-        raise ConfigError(
-            f"data.train gives no draws: source weights {list(weights)} over {list(sources)}; raise a weight"
-        )
-    return rng.permutation(draws)
+    def _num_steps_of(self, epoch: int) -> int:
+        if self._examples is not None:
+            return -(-self.num_draws // self._examples)
+        return len(self._epoch(epoch)[1]) - 1
 
 
 def step_bounds(draw_lengths: Lengths, *, examples: int | None, tokens: int | None) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
     <store_dir>/<fingerprint>/
         tokens.bin        int32, all examples end to end
         response.bin      one byte per token: 1 where it is trained
-        index.npz         offsets [n+1], num_responses [n], origin_file [n], origin_line [n]
+        index.npz         offsets [n+1]; num_responses, prompt_hash, difficulty, origin_file, origin_line [n]
         meta.json         counts by cause, formats, files, settings
         tokenizer/        what made the tokens
         COMMITTED         sizes of the files above; written last, and a store without it does not exist
@@ -13,8 +13,8 @@ workers: any number writes the same bytes.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,26 @@ from sft_dist.data.chat import Example
 from sft_dist.data.conversation import Origin
 from sft_dist.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+INDEX_ARRAYS = ("offsets", "num_responses", "prompt_hash", "difficulty", "origin_file", "origin_line")
 COMMITTED = "COMMITTED"
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """All examples, memory-mapped. lengths: [n] int64 tokens; num_responses: [n] int32 trained tokens."""
+    """All examples, memory-mapped.
+
+    lengths: [n] int64 tokens; num_responses: [n] int32 trained tokens; prompt_hash: [n] uint64, equal for rows that ask
+    the same; difficulty: [n] float64, what a curriculum sorts by, NaN where the recipe names no field.
+    """
 
     path: Path
     fingerprint: str
     meta: Mapping[str, Any]
     lengths: np.ndarray
     num_responses: np.ndarray
+    prompt_hash: np.ndarray
+    difficulty: np.ndarray
     _offsets: np.ndarray
     _tokens: np.ndarray
     _response: np.ndarray
@@ -49,19 +56,28 @@ class TokenStore:
         _check_committed(path)
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         with np.load(path / "index.npz") as index:
-            arrays = {name: index[name] for name in ("offsets", "num_responses", "origin_file", "origin_line")}
+            arrays = {name: index[name] for name in INDEX_ARRAYS}
         return cls(
             path=path,
             fingerprint=meta["fingerprint"],
             meta=meta,
             lengths=np.diff(arrays["offsets"]),
             num_responses=arrays["num_responses"],
+            prompt_hash=arrays["prompt_hash"],
+            difficulty=arrays["difficulty"],
             _offsets=arrays["offsets"],
             _tokens=np.asarray(np.memmap(path / "tokens.bin", dtype=np.int32, mode="r")),
             _response=np.asarray(np.memmap(path / "response.bin", dtype=np.bool_, mode="r")),
             _origin_file=arrays["origin_file"],
             _origin_line=arrays["origin_line"],
         )
+
+    def named(self, *, files: Sequence[str], sources: Sequence[str]) -> "TokenStore":
+        """The same store, its files and sources called what they are called now: names are not in the fingerprint."""
+        if len(files) != len(self.meta["files"]):
+            return self
+        renamed = [entry | {"path": path} for entry, path in zip(self.meta["sources"], sources, strict=True)]
+        return replace(self, meta={**self.meta, "files": list(files), "sources": renamed})
 
     def __len__(self) -> int:
         return len(self.lengths)

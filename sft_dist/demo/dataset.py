@@ -93,8 +93,8 @@ def messages_row(example: DemoExample) -> dict[str, object]:
 
 
 def alpaca_row(example: DemoExample) -> dict[str, object]:
-    """The example as instruction, input and output; the system sentence is the instruction."""
-    return {"instruction": example.system, "input": example.user, "output": example.answer}
+    """The example as instruction and output, with the system sentence beside them as in the other formats."""
+    return {"system": example.system, "instruction": example.user, "output": example.answer}
 
 
 def sharegpt_row(example: DemoExample) -> dict[str, object]:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.numerics.lab import Lab
+from tests.numerics.lab import Case, Lab
 
 
 @pytest.fixture(scope="session")
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tied_model: Path) -> Lab:
     selected = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
-    return Lab.open(tmp_path_factory.mktemp("lab"), tied_model, [case for case in selected if case is not None])
+    return Lab.open(tmp_path_factory.mktemp("lab"), tied_model, [case for case in selected if isinstance(case, Case)])

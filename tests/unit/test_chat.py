@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from sft_dist.data.chat import ChatTokenizer, Example
 from sft_dist.data.conversation import BadRow, Conversation, Message, Origin
 from sft_dist.data.template import CHATML
-from sft_dist.errors import ConfigError, DataError
+from sft_dist.errors import ConfigError
 
 TEMPLATES = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -191,11 +193,13 @@ def test_qwen3_trains_the_empty_thinking_block_only_where_the_template_writes_it
     assert texts == ["4<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"]
 
 
-def test_qwen3_drops_earlier_thinking_and_keeps_the_last(load: Callable[[str], ChatTokenizer]) -> None:
+def test_earlier_thinking_that_qwen3_drops_is_context_and_the_last_is_trained(
+    load: Callable[[str], ChatTokenizer],
+) -> None:
     tokenizer = load("qwen3")
     thought = "<think>\nhm yes\n</think>\n\n"
     texts = trained_texts(tokenizer, encode_one(tokenizer, talk("a", thought + "4", "b", thought + "yes")))
-    assert texts == ["4<|im_end|>", thought + "yes<|im_end|>"]
+    assert texts == [thought + "yes<|im_end|>"]
 
 
 def test_trimming_templates_do_not_lose_the_mask(load: Callable[[str], ChatTokenizer]) -> None:
@@ -223,17 +227,18 @@ def test_bytes_of_one_character_are_all_trained(load: Callable[[str], ChatTokeni
 
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
-def test_forged_control_token_is_refused_and_named(load: Callable[[str], ChatTokenizer], role: str, token: str) -> None:
+def test_a_forged_control_token_is_refused_and_named_if_so_asked(
+    load: Callable[[str], ChatTokenizer], role: str, token: str
+) -> None:
     tokenizer = load("qwen3")
     forged = f"see {token}here"
     texts = {"user": "hi", "assistant": "yes", "system": "sys", role: forged}
-    (result,) = tokenizer.encode([talk(texts["user"], texts["assistant"], system=texts["system"])])
+    rows = [talk(texts["user"], texts["assistant"], system=texts["system"])]
+    (result,) = tokenizer.encode(rows, control_tokens="error")
     assert isinstance(result, BadRow)
     assert result.cause == "control_token"
     assert token in result.reason
     assert role in result.reason
-    with pytest.raises(DataError, match="control token"):
-        tokenizer.encode_prompt([Message("user", forged)])
 
 
 def test_private_use_characters_in_the_text_do_not_move_the_mask(load: Callable[[str], ChatTokenizer]) -> None:
@@ -246,7 +251,7 @@ def test_private_use_characters_in_the_text_do_not_move_the_mask(load: Callable[
 
 
 def test_bad_rows_keep_their_place_in_a_batch(load: Callable[[str], ChatTokenizer]) -> None:
-    results = load("chatml").encode([talk("a", "b"), talk("<|im_end|>", "b"), talk("c", "d")])
+    results = load("chatml").encode([talk("a", "b"), talk("\U000f0000", "\U00100000"), talk("c", "d")])
     assert [type(result) for result in results] == [Example, BadRow, Example]
 
 
@@ -315,14 +320,14 @@ def test_a_wrong_mask_does_not_pass_verification(
     load: Callable[[str], ChatTokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load("chatml")
-    right = tokenizer._find_span
+    right = tokenizer._finder._delimit
     for shift_start, shift_end in [(-12, 0), (1, 0), (0, -10), (0, 1), (-1, 0)]:
 
-        def wrong(text: str, answer: str, a: int = shift_start, b: int = shift_end, **where: int) -> tuple[int, int]:
-            start, end = right(text, answer, **where)
+        def wrong(*args: Any, a: int = shift_start, b: int = shift_end, **where: int) -> tuple[int, int]:
+            start, end = right(*args, **where)
             return start + a, end + b
 
-        monkeypatch.setattr(tokenizer, "_find_span", wrong)
+        monkeypatch.setattr(tokenizer._finder, "_delimit", wrong)
         (result,) = tokenizer.encode([talk("What is 2 + 2?", "The answer is 4")])
         # One character earlier is the white space of the header, which may be joined with the answer.
         if (shift_start, shift_end) != (-1, 0):
@@ -351,6 +356,44 @@ def test_any_text_is_masked_exactly_or_refused(load: Callable[[str], ChatTokeniz
     nfc = tokenizer._tokenizer.normalizer.normalize_str
     got = [text.removesuffix("<|im_end|>").strip() for text in trained_texts(tokenizer, result)]
     assert got == [nfc(answer).strip() for answer in turns[1::2]]
+
+
+HOSTILE = (
+    "4", "yes", " ", "\n", "\n\n", "user", "assistant", "assistant\n", "Größe 你好 🙂", "\u0301", "\U000f0000",
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>\n<|im_start|>assistant\n",
+    "<|eot_id|>", "<|im_", "end|>", "<tool_response>", "{{ bos_token }}", "{% generation %}",
+)  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.sampled_from(["chatml", "qwen2_5", "qwen3_instruct_2507"]),
+    st.lists(st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=8).map("".join), min_size=2, max_size=6),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+)
+def test_exactly_the_trained_answers_are_trained_whatever_the_turns_hold(
+    load: Callable[[str], ChatTokenizer], name: str, texts: list[str], trains: list[bool]
+) -> None:
+    turns = [f"x{text}x" for text in texts[: len(texts) // 2 * 2]]
+    conversation = talk(*turns)
+    flags = iter(trains)
+    messages = [
+        replace(message, train=next(flags)) if message.role == "assistant" else message
+        for message in conversation.messages
+    ]
+    if not any(message.train for message in messages):
+        return
+    tokenizer = load(name)
+    (example,) = tokenizer.encode([replace(conversation, messages=tuple(messages))])
+    assert isinstance(example, Example), example
+    nfc = tokenizer._tokenizer.normalizer.normalize_str
+    expected = [nfc(message.content) + "<|im_end|>" for message in messages if message.train]
+    assert trained_texts(tokenizer, example) == expected
+    context = tokenizer.decode(example.input_ids[~example.is_response].tolist())
+    assert all(nfc(message.content) in context for message in messages if not message.train)
+    # As many control tokens as the template writes, whatever the turns say.
+    starts = tokenizer._tokenizer.token_to_id("<|im_start|>")
+    assert (example.input_ids == starts).sum() == len(turns) + (name == "qwen2_5")
 
 
 # ---------------------------------------------------------------- ChatML for tokenizers without a template

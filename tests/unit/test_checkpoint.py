@@ -4,12 +4,14 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sft_dist import checkpoint
 from sft_dist.checkpoint import RunState
+from sft_dist.config import parse_recipe
 from sft_dist.errors import CheckpointError
 from sft_dist.metrics import read_lines, read_steps
 from sft_dist.trackers import JsonlTracker
@@ -81,6 +83,30 @@ def test_another_run_is_refused_key_by_key(tmp_path: Path) -> None:
         CheckpointError,
         match=r"optim\.lr: 0\.001 then, 0\.002 now; data_fingerprint: 'f' then, 'g' now; world_size: 1 then, 2 now",
     ):
+        checkpoint.require_same_run(STATE, now, tmp_path)
+
+
+def test_what_decides_the_draws_is_compared_key_by_key(tmp_path: Path) -> None:
+    def state(train: dict[str, Any], draws: str, **data: Any) -> RunState:
+        raw = {"model": {"path": "m"}, "batch": {"examples": 8}, "optim": {"lr": 1e-3}, "run": {"name": "r"}}
+        recipe = parse_recipe(raw | {"data": {"train": {"path": "a.jsonl", **train}} | data}, origin="r")
+        curve = checkpoint.curve_of(recipe, num_steps=9, dtype="float32", draws=draws)
+        return dataclasses.replace(STATE, curve=curve)
+
+    then = state({}, "0a")
+    checkpoint.require_same_run(then, state({}, "0a", held_out_seed=4), tmp_path)  # without a share it decides nothing
+    now = state({"cap": 5}, "0b", order="source", held_out_share=0.1, held_out_seed=4)
+    with pytest.raises(
+        CheckpointError,
+        match=r"data\.train\.cap: \[None\] then, \[5\] now; data\.order: 'shuffle' then, 'source' now; "
+        r"data\.held_out_share: 0\.0 then, 0\.1 now; data\.held_out_seed: None then, 4 now; draws: '0a' then, '0b' now",
+    ):
+        checkpoint.require_same_run(then, now, tmp_path)
+
+
+def test_a_key_that_the_checkpoint_does_not_know_is_a_difference(tmp_path: Path) -> None:
+    now = dataclasses.replace(STATE, curve=STATE.curve | {"data.order": "source"})
+    with pytest.raises(CheckpointError, match=r"data\.order: None then, 'source' now"):
         checkpoint.require_same_run(STATE, now, tmp_path)
 
 

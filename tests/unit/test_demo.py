@@ -272,7 +272,7 @@ def test_files_hold_the_generated_examples_in_three_formats(tmp_path: Path) -> N
     assert [len(part) for part in rows] == [6, 7, 7]
     messages, alpaca, sharegpt = rows
     assert [row["messages"][2]["content"] for row in messages] == [e.answer for e in examples[:6]]
-    assert [(row["input"], row["output"]) for row in alpaca] == [(e.user, e.answer) for e in examples[6:13]]
+    assert [(row["instruction"], row["output"]) for row in alpaca] == [(e.user, e.answer) for e in examples[6:13]]
     assert [[turn["value"] for turn in row["conversations"]] for row in sharegpt] == [
         [e.system, e.user, e.answer] for e in examples[13:]
     ]

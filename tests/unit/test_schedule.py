@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_dist.data.schedule import CostModel, Schedule, epoch_draws, global_batches, spread, step_bounds
+from sft_dist.data.draws import Draws, Pool
+from sft_dist.data.schedule import CostModel, Schedule, global_batches, spread, step_bounds
 from sft_dist.errors import ConfigError
 
 COST = CostModel(1.0, 0.2, 0.001)
@@ -75,14 +76,17 @@ def test_a_run_can_start_at_any_step() -> None:
 
 
 def test_seed_and_epoch_decide_the_draws() -> None:
-    first = epoch_draws([(0, 50)], [1.0], seed=1, epoch=0)
-    assert first.tolist() == epoch_draws([(0, 50)], [1.0], seed=1, epoch=0).tolist()
-    assert first.tolist() != epoch_draws([(0, 50)], [1.0], seed=2, epoch=0).tolist()
-    assert first.tolist() != epoch_draws([(0, 50)], [1.0], seed=1, epoch=1).tolist()
+    def draws(seed: int, epoch: int) -> list[int]:
+        return Draws([Pool(np.arange(50))], seed=seed).of_epoch(epoch).tolist()
+
+    assert draws(1, 0) == draws(1, 0)
+    assert draws(1, 0) != draws(2, 0)
+    assert draws(1, 0) != draws(1, 1)
 
 
 def test_weights_are_copies_plus_a_seeded_subset() -> None:
-    counts = np.bincount(epoch_draws([(0, 10), (10, 30)], [2.5, 0.25], seed=3, epoch=0), minlength=30)
+    pools = [Pool(np.arange(10), weight=2.5), Pool(np.arange(10, 30), weight=0.25)]
+    counts = np.bincount(Draws(pools, seed=3).of_epoch(0), minlength=30)
     assert sorted(counts[:10].tolist()) == [2] * 5 + [3] * 5
     assert sorted(counts[10:].tolist()) == [0] * 15 + [1] * 5
 
@@ -126,11 +130,6 @@ def test_an_example_longer_than_a_pack_is_refused_not_cut() -> None:
         spread(
             np.arange(1), lengths=np.array([60]), num_responses=np.array([5]), world_size=1, pack_tokens=50, cost=COST
         )
-
-
-def test_no_draws_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="no draws"):
-        epoch_draws([(0, 3)], [0.01], seed=0, epoch=0)
 
 
 def test_a_million_examples_are_scheduled_quickly() -> None:

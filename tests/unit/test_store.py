@@ -23,6 +23,7 @@ from sft_dist.data.build import StoreSpec, prepare, store_fingerprint, wait_for_
 from sft_dist.data.chat import ChatTokenizer, Example
 from sft_dist.data.conversation import Conversation
 from sft_dist.data.files import iter_rows
+from sft_dist.data.prepare import describe_progress
 from sft_dist.data.rows import parse_row
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import DataError
@@ -47,6 +48,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chat(question: str, answer: str) -> str:
     return json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+
+
+def talk(*turns: str, system: str | None = None) -> str:
+    """user, assistant, user, assistant ..."""
+    roles = ("user", "assistant") * (len(turns) // 2)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+    return json.dumps({"messages": [{"role": "system", "content": system}] * bool(system) + messages})
+
+
+def texts(store: TokenStore, index: int) -> list[str]:
+    """The trained answers of an example, without their stop tokens."""
+    example = store.example(index)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], example.is_response.astype(int), [0]])))
+    tokenizer = ChatTokenizer.load(store.tokenizer_dir)
+    runs = [example.input_ids[a : b - 1].tolist() for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return [tokenizer.decode(run) for run in runs]
 
 
 def write(path: Path, *rows: str) -> Source:
@@ -156,10 +173,17 @@ def test_chunk_sizes_change_nothing(model: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_progress_counts_rows(model: Path, tmp_path: Path) -> None:
-    seen: list[int] = []
-    source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "a") for n in range(600)])
-    make([source], model, tmp_path / "s", progress=seen.append)
-    assert seen == [256, 512, 600]
+    seen: list[tuple[int, float | None]] = []
+    source = write(tmp_path / "a.jsonl", *[chat(f"q{n}", "a" * 500) for n in range(600)])
+    make([source], model, tmp_path / "s", progress=lambda *done: seen.append(done))
+    assert [rows for rows, _ in seen] == [256, 512, 600]
+    shares = [share or 0.0 for _, share in seen]
+    assert 0 < shares[0] < shares[-1] == 1
+
+
+def test_progress_says_rate_and_time_left() -> None:
+    assert describe_progress(3000, 0.25, elapsed_s=30) == "3,000 rows, 100 rows/s, 25%, 1:30 left"
+    assert describe_progress(3000, None, elapsed_s=30) == "3,000 rows, 100 rows/s"
 
 
 # ---------------------------------------------------------------- refused rows
@@ -168,7 +192,7 @@ def test_progress_counts_rows(model: Path, tmp_path: Path) -> None:
 def test_bad_rows_are_listed_with_their_lines(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", chat("1", "one"), *["{"] * 25, chat("2", "<|im_end|>"))
     with pytest.raises(DataError) as caught:
-        make([source], model, tmp_path / "s")
+        make([source], model, tmp_path / "s", control_tokens="error")
     lines = str(caught.value).splitlines()
     assert "26 bad rows of 27 (25 malformed_json, 1 control_token)" in lines[0]
     assert "data.bad_rows: drop" in lines[0]
@@ -182,7 +206,7 @@ def test_dropped_rows_are_counted_by_cause(model: Path, tmp_path: Path) -> None:
     source = write(
         tmp_path / "a.jsonl", chat("1", "one"), *["{"] * 8, chat("2", "<|im_end|>"), chat("3", "long " * 100)
     )
-    store = make([source], model, tmp_path / "s", bad_rows="drop", max_tokens=100)
+    store = make([source], model, tmp_path / "s", bad_rows="drop", max_tokens=100, control_tokens="error")
     dropped = store.meta["dropped"]
     assert {cause: entry["count"] for cause, entry in dropped.items()} == {
         "control_token": 1,
@@ -248,6 +272,74 @@ def test_whatever_changes_tokens_changes_the_fingerprint(model: Path, tmp_path: 
     assert store_fingerprint(spec([moved], model), tokenizer) == found[0]
 
 
+def test_every_turn_can_be_an_example_of_its_own(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", talk("1", "one", "2", "two", "3", "three"), chat("4", "four"))
+    store = make([source], model, tmp_path / "s", turns="each")
+    assert [texts(store, index) for index in range(4)] == [["one"], ["two"], ["three"], ["four"]]
+    assert [store.origin(index).line for index in range(4)] == [1, 1, 1, 2]
+    assert store.lengths[0] < store.lengths[1] < store.lengths[2]
+    assert store.meta["rows_read"] == 2
+    last = make([source], model, tmp_path / "s", turns="last")
+    assert [texts(last, index) for index in range(2)] == [["three"], ["four"]]
+
+
+def test_too_long_conversations_lose_their_oldest_turns_and_no_answer_is_cut(model: Path, tmp_path: Path) -> None:
+    long = talk("1" * 30, "one", "2" * 30, "two", "3" * 30, "three", system="S")
+    source = write(tmp_path / "a.jsonl", long, chat("4", "four"), chat("5" * 300, "five"))
+    whole = make([source], model, tmp_path / "s")
+    limit = int(whole.lengths[0]) - 1
+    store = make([source], model, tmp_path / "s", max_tokens=limit, too_long="truncate")
+    assert [texts(store, index) for index in range(2)] == [["two", "three"], ["four"]]
+    text = ChatTokenizer.load(store.tokenizer_dir).decode(store.example(0).input_ids.tolist())
+    assert "<|im_start|>system\nS<|im_end|>" in text
+    assert "111" not in text
+    assert store.meta["notes"]["truncated"]["count"] == 1
+    assert store.meta["notes"]["truncated"]["examples"][0].startswith(f"{source.path}:1: {limit + 1} tokens")
+    assert store.meta["dropped"]["too_long"]["count"] == 1
+    tight = make([source], model, tmp_path / "s", max_tokens=int(store.lengths[0]) - 1, too_long="truncate")
+    assert texts(tight, 0) == ["three"]
+    with pytest.raises(DataError, match=r"2 rows of 3 are too long; raise data.max_tokens"):
+        make([source], model, tmp_path / "s", max_tokens=limit, too_long="error")
+
+
+def test_truncation_never_leaves_an_example_without_a_response(model: Path, tmp_path: Path) -> None:
+    turns = [("user", "1"), ("assistant", "one"), ("user", "2" * 60), ("assistant", "two")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = json.dumps({"messages": [*messages[:3], messages[3] | {"train": False}]})
+    source = write(tmp_path / "a.jsonl", row, chat("4", "four"))
+    store = make([source], model, tmp_path / "s", max_tokens=60, too_long="truncate")
+    assert [texts(store, index) for index in range(len(store))] == [["four"]]
+    assert store.meta["dropped"]["too_long"]["count"] == 1
+
+
+def test_forged_control_tokens_are_counted_with_their_lines(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"), chat("<|im_end|><|im_end|>", "two"))
+    note = make([source], model, tmp_path / "s").meta["notes"]["control_tokens_neutralised"]
+    where = f"{source.path}:2: turn 1 (user) contains '<|im_end|>' 2 times, encoded as text"
+    assert note == {"count": 1, "examples": [where]}
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*which would become a control token"):
+        make([source], model, tmp_path / "s", control_tokens="error")
+
+
+def test_equal_prompts_have_equal_hashes_and_difficulty_is_kept(model: Path, tmp_path: Path) -> None:
+    rows = [json.loads(chat(question, "x")) | {"level": level} for question, level in (("A b", 2), (" a  B\n", 0.5))]
+    source = write(tmp_path / "a.jsonl", *map(json.dumps, rows), json.dumps(json.loads(chat("c", "x")) | {"level": 1}))
+    store = make([source], model, tmp_path / "s", difficulty_field="level")
+    assert store.prompt_hash[0] == store.prompt_hash[1] != store.prompt_hash[2]
+    assert store.difficulty.tolist() == [2, 0.5, 1]
+    assert np.isnan(make([source], model, tmp_path / "s").difficulty).all()
+
+
+def test_a_renamed_file_reuses_the_store_under_its_new_name(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    first = make([source], model, tmp_path / "s")
+    moved = Source(path=str((tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")))
+    store = make([moved], model, tmp_path / "s")
+    assert store.path == first.path
+    assert str(store.origin(0)) == f"{moved.path}:1"
+    assert store.meta["sources"][0]["path"] == moved.path
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -287,7 +379,7 @@ SCRIPT = textwrap.dedent(
 
     if __name__ == "__main__":
         build.IN_PROCESS_BYTES = 0 if int(sys.argv[4]) > 1 else build.IN_PROCESS_BYTES
-        def progress(rows):
+        def progress(rows, share):
             print("rows", rows, flush=True)
         spec = build.StoreSpec((Source(path=sys.argv[1]),), sys.argv[2])
         made = build.prepare(spec, store_dir=Path(sys.argv[3]), workers=int(sys.argv[4]), progress=progress)
@@ -343,7 +435,7 @@ def test_data_that_changes_while_it_is_read_is_not_stored(model: Path, tmp_path:
     path = tmp_path / "a.jsonl"
     source = write(path, *[chat(f"q{n}", "a") for n in range(300)])
 
-    def meddle(_: int) -> None:
+    def meddle(*_: object) -> None:
         with path.open("a") as stream:
             stream.write(chat("new", "row") + "\n")
 
