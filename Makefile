@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants wheel clean
+.PHONY: demo test lint mutants bench-data wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
@@ -23,6 +23,10 @@ lint: $(VENV)/installed
 
 mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py
+
+bench-data: $(VENV)/installed
+	$(BIN)/python benchmarks/prepare_vs_trl.py
+	$(BIN)/python benchmarks/prepare_scale.py
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel

@@ -329,6 +329,27 @@ MUTANTS = [
         f"{CHAT}::test_a_forged_control_token_is_refused_and_named_if_so_asked",
     ),
     Mutant(
+        "words are cut otherwise than by the tokenizer",
+        "data/encoder.py",
+        "|[{space}]+(?![^{space}])|[{space}]+",
+        "|[{space}]+",
+        "unit/test_encoder.py::test_tokens_are_those_of_the_library",
+    ),
+    Mutant(
+        "the short way to tokens is never compared",
+        "data/encoder.py",
+        "            self._compare_one(texts, found)\n",
+        "",
+        "unit/test_encoder.py::test_a_short_way_that_errs_is_found_and_not_trained",
+    ),
+    Mutant(
+        "the mask begins a word late",
+        "data/encoder.py",
+        "            if at >= place:",
+        "            if at > place:",
+        "unit/test_encoder.py::test_spans_have_the_tokens_that_overlap_them",
+    ),
+    Mutant(
         "turns that do not train are trained",
         "data/masks.py",
         "if not messages[turn.index].train:",

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from tokenizers import Encoding
 
 from sft_dist.data.control_tokens import ControlTokens
 from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, Refused, Remark
+from sft_dist.data.encoder import Encoded, Encoder
 from sft_dist.data.masks import CLOSE_THINKING, Markers, SpanFinder
 from sft_dist.data.template import CHATML, ChatTemplate, clip, without_tags
 from sft_dist.data.tokenizer_files import (
@@ -64,16 +64,6 @@ class _Job:
     named: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Masked:
-    """A row as tokens. ranges: [first, last) tokens of each trained turn. begins: the character where each begins."""
-
-    job: _Job
-    ids: list[int]
-    ranges: list[tuple[int, int]]
-    begins: list[int]
-
-
 class ChatTokenizer:
     """A tokenizer and its chat template. Make one with `load`."""
 
@@ -96,7 +86,7 @@ class ChatTokenizer:
         self.files = final_files(
             files, self._tokenizer if self.added_chatml else None, config, special_map, specials, source
         )
-        self._encoder = encoder_of(self._tokenizer)
+        self._encoder = Encoder(encoder_of(self._tokenizer))
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token.content: number for number, token in added.items()}
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
@@ -185,11 +175,11 @@ class ChatTokenizer:
                 (text, _), encoder = self._control.name(hidden, []), self._control.encoder
         except Refused as refused:
             raise DataError(f"{self.name}: {refused.reason}") from None
-        return encoder.encode(text, add_special_tokens=False).ids
+        return encoder.ids(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens included."""
-        return self._encoder.decode(list(ids), skip_special_tokens=False)
+        return self._encoder.decode([ids])[0]
 
     def encode(
         self, conversations: Sequence[Conversation], *, control_tokens: str = "neutralise"
@@ -200,11 +190,9 @@ class ChatTokenizer:
         """
         jobs = [self._job_or_refuse(conversation, control_tokens) for conversation in conversations]
         found = [job for job in jobs if isinstance(job, _Job)]
-        codes = self._encode_all(found)
-        masked = [_mask(job, code) for job, code in zip(found, codes, strict=True)]
-        responses = [each.ids[first:last] for each in masked for first, last in each.ranges]
-        texts = iter(self._encoder.decode_batch(responses, skip_special_tokens=False))
-        examples = iter([self._verified(each, texts) for each in masked])
+        encoded = self._encode_all(found)
+        texts = iter(self._encoder.decode([each.ids[a:b] for each in encoded for a, b in each.ranges]))
+        examples = iter([self._verified(job, each, texts) for job, each in zip(found, encoded, strict=True)])
         return [next(examples) if isinstance(job, _Job) else job for job in jobs]
 
     # ------------------------------------------------------------ rendering
@@ -248,42 +236,38 @@ class ChatTokenizer:
         remark = Remark(conversation.origin, "control_tokens_neutralised", f"{found}, encoded as text")
         return _Job(conversation, text, spans, job.turns, (*job.remarks, remark), named=True)
 
-    def _encode_all(self, jobs: Sequence[_Job]) -> list[Encoding]:
-        codes = iter(self._encoder.encode_batch([job.text for job in jobs if not job.named], add_special_tokens=False))
-        return [
-            self._control.encoder.encode(job.text, add_special_tokens=False) if job.named else next(codes)
-            for job in jobs
-        ]
+    def _encode_all(self, jobs: Sequence[_Job]) -> list[Encoded]:
+        plain = [job for job in jobs if not job.named]
+        found = iter(self._encoder.encode([job.text for job in plain], [job.spans for job in plain]))
+        return [self._control.encoder.encode([job.text], [job.spans])[0] if job.named else next(found) for job in jobs]
 
     # ------------------------------------------------------------ verifying
 
-    def _verified(self, masked: _Masked, texts: Iterator[str]) -> Example | BadRow:
+    def _verified(self, job: _Job, encoded: Encoded, texts: Iterator[str]) -> Example | BadRow:
         """texts: takes the decoded text of each of the row's responses from it."""
-        job = masked.job
-        decoded = [next(texts) for _ in masked.ranges]
+        decoded = [next(texts) for _ in encoded.ranges]
         try:
-            self._verify(masked, decoded)
+            self._verify(job, encoded, decoded)
         except Refused as refused:
             return BadRow(job.conversation.origin, refused.cause, refused.reason)
-        is_response = np.zeros(len(masked.ids), dtype=bool)
-        for first, last in masked.ranges:
+        is_response = np.zeros(len(encoded.ids), dtype=bool)
+        for first, last in encoded.ranges:
             is_response[first:last] = True
-        return Example(np.asarray(masked.ids, dtype=np.int32), is_response, job.conversation.origin, job.remarks)
+        return Example(np.asarray(encoded.ids, dtype=np.int32), is_response, job.conversation.origin, job.remarks)
 
-    def _verify(self, masked: _Masked, texts: Sequence[str]) -> None:
+    def _verify(self, job: _Job, encoded: Encoded, texts: Sequence[str]) -> None:
         """Raise unless each masked span decodes to its text, holds the answer's words and ends in a stop token."""
-        job = masked.job
-        if masked.ranges[0][0] == 0:
+        if encoded.ranges[0][0] == 0:
             raise Refused(
                 "mask_not_verified",
                 "the first token would be a response; it has nothing before it to be predicted from",
             )
-        for index, ((first, last), (start, end)) in enumerate(zip(masked.ranges, job.spans, strict=True)):
-            turn, decoded = job.turns[index], texts[index]
-            if first >= last or masked.ids[last - 1] not in self._template_stop_ids:
+        for index, ((first, last), (start, end)) in enumerate(zip(encoded.ranges, job.spans, strict=True)):
+            turn = job.turns[index]
+            if first >= last or encoded.ids[last - 1] not in self._template_stop_ids:
                 raise Refused("mask_not_verified", f"turn {turn + 1} does not end in a stop token")
             # A token may begin in the white space that ends the generation prompt: "\n" + "\nyes" is one "\n\n".
-            begin = min(start, masked.begins[index])
+            begin = min(start, encoded.begins[index])
             if job.text[begin:start].strip():
                 raise Refused(
                     "mask_not_verified",
@@ -291,8 +275,10 @@ class ChatTokenizer:
                 )
             span = job.text[begin:end]
             span = self._control.unname(span) if job.named else span
-            if not self._same_text(decoded, span):
-                raise Refused("mask_not_verified", f"the trained tokens decode to {clip(decoded)}, not {clip(span)}")
+            if not self._same_text(texts[index], span):
+                raise Refused(
+                    "mask_not_verified", f"the trained tokens decode to {clip(texts[index])}, not {clip(span)}"
+                )
             self._verify_words(job.conversation.messages[turn], span)
 
     def _verify_words(self, message: Message, span: str) -> None:
@@ -322,26 +308,3 @@ class ChatTokenizer:
     def _id_of(self, name: str) -> int | None:
         text = self.specials.get(name)
         return None if text is None else self._tokenizer.token_to_id(text)
-
-
-def _mask(job: _Job, code: Encoding) -> _Masked:
-    """Choose the tokens that overlap each span of characters.
-
-    Several byte-level tokens can share one character and its offsets; all of them overlap.
-    """
-    ranges, begins = [], []
-    for start, end in job.spans:
-        first, last = _token_from(code, start, end), code.char_to_token(end - 1)  # the stop token is one token
-        ranges.append((first, last + 1) if first is not None and last is not None else (0, 0))
-        chars = None if first is None else code.token_to_chars(first)
-        begins.append(start if chars is None else chars[0])
-    return _Masked(job, code.ids, ranges, begins)
-
-
-def _token_from(code: Encoding, start: int, end: int) -> int | None:
-    """The token of the first of these characters that is in a token at all: tokenizers may drop white space."""
-    for place in range(start, end):
-        token = code.char_to_token(place)
-        if token is not None:
-            return token
-    return None

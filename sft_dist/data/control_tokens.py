@@ -21,6 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from sft_dist.data.conversation import Conversation, Refused
+from sft_dist.data.encoder import Encoder
 from sft_dist.data.masks import MARKS_PER_PLANE, PLANES, any_of
 from sft_dist.data.tokenizer_files import encoder_of
 
@@ -97,9 +98,10 @@ class ControlTokens:
         return self._private.sub(lambda match: self._texts_of[match.group()], text)
 
     @cached_property
-    def encoder(self) -> Tokenizer:
+    def encoder(self) -> Encoder:
         """A copy of the tokenizer that knows its control tokens by their names only."""
-        return encoder_of(Tokenizer.from_str(json.dumps(_renamed(json.loads(self._tokenizer.to_str()), self._names))))
+        renamed = _renamed(json.loads(self._tokenizer.to_str()), self._names)
+        return Encoder(encoder_of(Tokenizer.from_str(json.dumps(renamed))))
 
 
 def _renamed(tokenizer: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ ORDER = """
 errors config console package_files quiet world
 demo.formulas demo.templates demo.dataset demo.model
 data.conversation data.readers data.hub data.files data.strict_json data.turns data.rows
-data.tokenizer_files data.template data.masks data.control_tokens data.chat data.store data.build data.prepare
+data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
+data.store data.build data.prepare
 data.draws data.schedule data.steps
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
