@@ -343,10 +343,10 @@ MUTANTS = [
         "unit/test_encoder.py::test_a_short_way_that_errs_is_found_and_not_trained",
     ),
     Mutant(
-        "the mask begins a word late",
+        "the mask begins where every word were one token",
         "data/encoder.py",
-        "            if at >= place:",
-        "            if at > place:",
+        "token += len(self._tokens[word])",
+        "token += 1",
         "unit/test_encoder.py::test_spans_have_the_tokens_that_overlap_them",
     ),
     Mutant(
