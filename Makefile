@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants bench-data wheel clean
+.PHONY: demo test lint mutants bench-data bench-smoke wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
@@ -27,6 +27,11 @@ mutants: $(VENV)/installed
 bench-data: $(VENV)/installed
 	$(BIN)/python benchmarks/prepare_vs_trl.py
 	$(BIN)/python benchmarks/prepare_scale.py
+
+# The same on few rows: that the scripts run and both sides make the same tokens, not how fast.
+bench-smoke: $(VENV)/installed
+	$(BIN)/python benchmarks/prepare_vs_trl.py --rows 300 --repeats 1
+	$(BIN)/python benchmarks/prepare_scale.py --rows 2000
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel
