@@ -239,7 +239,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _lint(arguments: argparse.Namespace) -> int:
-    from sft_dist.config import Source, load_recipe
+    from sft_dist.config import DataSection, Source, load_recipe
     from sft_dist.console import make_console
     from sft_dist.data.lint import lint
     from sft_dist.data.lint_report import print_report, to_json
@@ -251,13 +251,23 @@ def _lint(arguments: argparse.Namespace) -> int:
         stray = [word for word in words[1:] if "=" not in word]
         if stray:
             raise ConfigError(f"{stray[0]}: stands beside the recipe {words[0]}; give one recipe, or data files only")
-        recipe = load_recipe(recipe_path, words[1:])
-        train, held_out = recipe.data.train, recipe.data.held_out
+        data = load_recipe(recipe_path, words[1:]).data
+        if data.held_out_share and arguments.held_out:
+            raise ConfigError(
+                f"--held-out {arguments.held_out[0]} stands beside data.held_out_share={data.held_out_share:g} of "
+                f"{words[0]}; leave one out, as by data.held_out_share=0"
+            )
     else:
-        train, held_out = tuple(Source(path=word) for word in words), ()
-    held_out += tuple(Source(path=path) for path in arguments.held_out)
-    keep = arguments.show if arguments.show is not None else 1000 if arguments.json else 5
-    report = lint(train, held_out, keep=keep)
+        data = DataSection(train=tuple(Source(path=word) for word in words))
+    report = lint(
+        data.train,
+        (*data.held_out, *(Source(path=path) for path in arguments.held_out)),
+        turns=data.turns,
+        difficulty_field=data.difficulty_field,
+        held_out_share=data.held_out_share,
+        held_out_seed=data.held_out_seed,
+        keep=arguments.show if arguments.show is not None else 1000 if arguments.json else 5,
+    )
     if arguments.json:
         print(to_json(report))
     else:

@@ -26,7 +26,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.evaluate import HeldOutSet, evaluating
 from sft_dist.job import Job, plan_job
 from sft_dist.metrics import HeldOutMetrics, read_steps, step_metrics
-from sft_dist.model.load import PackedModel, align_generation, export_model
+from sft_dist.model.load import align_generation, export_model
 from sft_dist.model.verify import require_own_loss
 from sft_dist.oom import explained_out_of_memory
 from sft_dist.optim import build_adamw, lr_at
@@ -199,7 +199,7 @@ def _train(
 ) -> RunState:
     """Lay the steps out, open the trackers, and run the loop."""
     recipe, num_steps = job.recipe, job.schedule.num_steps
-    cost = _cost_model(engine.model)
+    cost = CostModel.from_config(engine.model.causal_lm.config.to_dict()) or CostModel()
     attempt = on_main(functools.partial(_record_attempt, recipe, job.world), world=job.world, device=job.device) or 0
     held_out = None
     if job.held_out_store is not None:
@@ -228,22 +228,6 @@ def _train(
             attempt=attempt,
             profiler=profiler,
         )
-
-
-def _cost_model(model: PackedModel) -> CostModel:
-    config = model.causal_lm.config
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    head = config.vocab_size * config.hidden_size
-    # The embedding lookup costs nothing.
-    embeddings = head if config.tie_word_embeddings else 2 * head
-    return CostModel.from_shape(
-        body_params=max(1, model.num_parameters - embeddings),
-        head_params=head,
-        num_layers=config.num_hidden_layers,
-        attention_width=width,
-    )
 
 
 def _resume(engine: Engine, path: Path, expected: RunState) -> RunState:

@@ -350,6 +350,34 @@ MUTANTS = [
         "unit/test_encoder.py::test_spans_have_the_tokens_that_overlap_them",
     ),
     Mutant(
+        "role tokens that are not called special can be forged",
+        "data/chat.py",
+        "special | self.markers.frame | set(self.markers.stops)",
+        "special | set(self.markers.stops)",
+        f"{TEMPLATES}::test_role_tokens_that_are_not_called_special_cannot_be_forged",
+    ),
+    Mutant(
+        "control tokens that a normalizer makes go unnoticed",
+        "data/chat.py",
+        "        if not job.is_trusted:",
+        "        if job.is_trusted:",
+        f"{TEMPLATES}::test_control_tokens_that_only_a_normalizer_makes_are_refused",
+    ),
+    Mutant(
+        "a store is committed for data that changed after it was hashed",
+        "data/build.py",
+        "if _stamps(plan.spec.sources) != plan.stamps:",
+        "if not plan.stamps:",
+        f"{STORE}::test_a_file_that_changes_after_it_was_hashed_is_not_stored",
+    ),
+    Mutant(
+        "turns of one row fall on both sides of a split",
+        "data/build.py",
+        "prompt_hash(conversation) if part.prompt_hash is None else part.prompt_hash",
+        "prompt_hash(conversation)",
+        f"{STORE}::test_examples_of_one_row_share_a_prompt_hash",
+    ),
+    Mutant(
         "turns that do not train are trained",
         "data/masks.py",
         "if not messages[turn.index].train:",
@@ -380,8 +408,8 @@ MUTANTS = [
     Mutant(
         "a tool that the template drops goes unnoticed",
         "data/masks.py",
-        'if tool["function"]["name"] not in text:',
-        'if tool["function"]["name"] is None:',
+        '            if not found:\n                raise Refused("message_dropped", "the template leaves out the tools',
+        '            if found is None:\n                raise Refused("message_dropped", "the template leaves out the tools',
         f"{TEMPLATES}::test_tools_that_the_template_does_not_write_are_refused",
     ),
     Mutant(
@@ -422,15 +450,15 @@ MUTANTS = [
     Mutant(
         "truncation keeps the oldest turns",
         "data/build.py",
-        "found, high = result, middle - 1",
-        "found, low = result, middle + 1",
+        "fitting, high = (shorter[middle], tried), middle - 1",
+        "fitting, low = (shorter[middle], tried), middle + 1",
         f"{STORE}::test_too_long_conversations_lose_their_oldest_turns_and_no_answer_is_cut",
     ),
     Mutant(
         "truncation loses the system prompt",
         "data/build.py",
-        'system = messages[:1] if messages[0].role == "system" else ()',
-        "system = ()",
+        "messages[:num_system] + messages[start:] for start",
+        "messages[start:] for start",
         f"{STORE}::test_too_long_conversations_lose_their_oldest_turns_and_no_answer_is_cut",
     ),
     Mutant(
@@ -464,8 +492,8 @@ MUTANTS = [
     Mutant(
         "too long rows kept",
         "data/build.py",
-        "len(result.input_ids) > settings.max_tokens:",
-        "len(result.input_ids) > 10**9:",
+        "    if len(result.input_ids) <= settings.max_tokens:",
+        "    if len(result.input_ids) <= 10**9:",
         f"{STORE}::test_dropped_rows_are_counted_by_cause",
     ),
     Mutant(

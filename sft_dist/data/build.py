@@ -14,11 +14,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import xxhash
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from sft_dist.config import Recipe, Source
 from sft_dist.data.chat import ChatTokenizer, Example
-from sft_dist.data.conversation import BadRow, Conversation, Origin, RawRow, Remark, prompt_hash
+from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, RawRow, Remark, prompt_hash
 from sft_dist.data.files import count_bytes, hash_source, iter_rows, list_files, source_names
 from sft_dist.data.rows import detect_format, parse_row
 from sft_dist.data.store import COMMITTED, FORMAT_VERSION, TokenStore
@@ -158,9 +158,12 @@ class _Plan:
     spec: StoreSpec
     formats: tuple[str, ...]
     fingerprint: str
+    stamps: list[tuple[str, int, int]]
+    """Names, sizes and times of the files before they were hashed: what is tokenised must be what was hashed."""
 
 
 def _plan(spec: StoreSpec, tokenizer: ChatTokenizer) -> _Plan:
+    stamps = _stamps(spec.sources)
     formats = tuple(detect_format(source) for source in spec.sources)
     content = {
         "version": FORMAT_VERSION,
@@ -175,7 +178,8 @@ def _plan(spec: StoreSpec, tokenizer: ChatTokenizer) -> _Plan:
         "control_tokens": spec.control_tokens,
         "difficulty_field": spec.difficulty_field,
     }
-    return _Plan(spec, formats, xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return _Plan(spec, formats, fingerprint, stamps)
 
 
 def _num_cores() -> int:
@@ -193,17 +197,17 @@ def _build(path: Path, plan: _Plan, tokenizer: ChatTokenizer, *, workers: int, p
         with _disk_errors(temporary):
             temporary.mkdir()
             tokenizer.save(temporary / "tokenizer")
-            before = _stamps(plan.spec.sources)
-            reading = _Reading(plan.spec)
-            settings = _Encoding.of(plan.spec, temporary / "tokenizer")
-            with _Writer(temporary, plan) as writer:
-                for result in _encoded_chunks(plan, settings, reading, workers=workers):
-                    writer.add(result)
-                    if progress is not None:
-                        progress(writer.num_rows, reading.share)
-            if _stamps(plan.spec.sources) != before:
-                raise DataError("a data file changed while it was read; run again when nothing writes to it")
-            _check_rows(writer, plan)
+        reading = _Reading(plan.spec)
+        settings = _Encoding.of(plan.spec, temporary / "tokenizer")
+        with _Writer(temporary, plan) as writer:
+            for result in _encoded_chunks(plan, settings, reading, workers=workers):
+                writer.add(result)
+                if progress is not None:
+                    progress(writer.num_rows, reading.share)
+        if _stamps(plan.spec.sources) != plan.stamps:
+            raise DataError("a data file changed while it was read; run again when nothing writes to it")
+        _check_rows(writer, plan)
+        with _disk_errors(temporary):
             writer.finish()
             _commit(temporary, path)
     except BaseException:
@@ -260,20 +264,21 @@ class _Chunk:
 class _Encoded:
     """What a worker returns: the examples of a chunk end to end, the rows it refused, and remarks on others.
 
-    All are in the order of the rows.
+    All are in the order of the rows. num_kept: rows that gave an example.
     """
 
     source: int
     num_rows: int
-    tokens: np.ndarray
-    response: np.ndarray
-    lengths: list[int]
-    num_responses: list[int]
-    prompt_hashes: list[int]
-    difficulties: list[float]
-    origins: list[Origin]
-    refused: list[BadRow]
-    remarks: list[Remark]
+    num_kept: int = 0
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    response: np.ndarray = field(default_factory=lambda: np.zeros(0, np.bool_))
+    lengths: list[int] = field(default_factory=list)
+    num_responses: list[int] = field(default_factory=list)
+    prompt_hashes: list[int] = field(default_factory=list)
+    difficulties: list[float] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    refused: list[BadRow] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
 
 
 def _chunks(plan: _Plan, reading: _Reading) -> Iterator[_Chunk]:
@@ -302,92 +307,131 @@ def _size_of(row: RawRow) -> int:
 def _encode_chunk(chunk: _Chunk, settings: _Encoding) -> _Encoded:
     """Parse, render, tokenise, mask and verify. Runs in a worker process, or here for small inputs."""
     tokenizer = _tokenizer(settings.tokenizer_dir)
-    parsed = [item for row in chunk.rows for item in _parse(row, chunk.row_format, settings)]
-    conversations = [item for item in parsed if isinstance(item, Conversation)]
-    encoded = iter(tokenizer.encode(conversations, control_tokens=settings.control_tokens))
-    kept: list[tuple[Conversation, Example]] = []
-    refused: list[BadRow] = []
-    for item in parsed:
-        if isinstance(item, BadRow):
-            refused.append(item)
-            continue
-        result = next(encoded)
-        if isinstance(result, Example) and len(result.input_ids) > settings.max_tokens:
-            result = _fitted(item, result, tokenizer, settings)
-        if isinstance(result, BadRow):
-            refused.append(result)
-        else:
-            kept.append((item, result))
-    examples = [example for _, example in kept]
-    return _Encoded(
-        source=chunk.source,
-        num_rows=len(chunk.rows),
-        tokens=np.concatenate([np.zeros(0, np.int32), *(example.input_ids for example in examples)]),
-        response=np.concatenate([np.zeros(0, np.bool_), *(example.is_response for example in examples)]),
-        lengths=[len(example.input_ids) for example in examples],
-        num_responses=[int(example.is_response.sum()) for example in examples],
-        prompt_hashes=[prompt_hash(conversation) for conversation, _ in kept],
-        difficulties=[math.nan if item.difficulty is None else item.difficulty for item, _ in kept],
-        origins=[example.origin for example in examples],
-        refused=refused,
-        remarks=[remark for example in examples for remark in example.remarks],
-    )
+    found = _Encoded(chunk.source, len(chunk.rows))
+    examples: list[Example] = []
+    kept: set[int] = set()
+    told: set[tuple[int, str]] = set()  # a row is refused once for a cause, however many examples it was to give
+    for batch in _batches(chunk, settings):
+        conversations = [part.conversation for part in batch if isinstance(part.conversation, Conversation)]
+        encoded = iter(tokenizer.encode(conversations, control_tokens=settings.control_tokens))
+        for part in batch:
+            fitted: Conversation | tuple[Conversation, Example] | BadRow = part.conversation
+            if isinstance(fitted, Conversation):
+                fitted = _fitted(fitted, next(encoded), tokenizer, settings)
+            if isinstance(fitted, BadRow):
+                if (part.row, fitted.cause) not in told:
+                    found.refused.append(fitted)
+                told.add((part.row, fitted.cause))
+                continue
+            conversation, example = fitted
+            examples.append(example)
+            kept.add(part.row)
+            found.prompt_hashes.append(prompt_hash(conversation) if part.prompt_hash is None else part.prompt_hash)
+            found.difficulties.append(math.nan if conversation.difficulty is None else conversation.difficulty)
+            found.remarks += example.remarks
+    found.num_kept = len(kept)
+    found.tokens = np.concatenate([found.tokens, *(example.input_ids for example in examples)])
+    found.response = np.concatenate([found.response, *(example.is_response for example in examples)])
+    found.lengths = [len(example.input_ids) for example in examples]
+    found.num_responses = [int(example.is_response.sum()) for example in examples]
+    found.origins = [example.origin for example in examples]
+    return found
 
 
-def _parse(row: RawRow, row_format: str, settings: _Encoding) -> list[Conversation | BadRow]:
-    """The conversations of a row: one, or under turns="each" one that ends in each trained turn."""
+class _Part(NamedTuple):
+    """What is to become an example. row: its place in the chunk. prompt_hash: that of all of the row, if shared."""
+
+    row: int
+    conversation: Conversation | BadRow
+    prompt_hash: int | None = None
+
+
+def _batches(chunk: _Chunk, settings: _Encoding) -> Iterator[list[_Part]]:
+    """The parts of a chunk's rows, about as many at a time as hold CHUNK_BYTES."""
+    batch: list[_Part] = []
+    size = 0
+    for place, row in enumerate(chunk.rows):
+        for part in _parts(place, row, chunk.row_format, settings):
+            batch.append(part)
+            if isinstance(part.conversation, Conversation):
+                size += sum(len(message.content) for message in part.conversation.messages)
+            if size >= CHUNK_BYTES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(place: int, row: RawRow, row_format: str, settings: _Encoding) -> Iterator[_Part]:
+    """A row as one conversation, or under turns="each" as one that ends in each trained turn.
+
+    Those are on one side of a split, whatever their prompts: an answer of one stands in the prompt of the next.
+    """
     parsed = parse_row(row, row_format, turns=settings.turns, difficulty_field=settings.difficulty_field)
     if settings.turns != "each" or isinstance(parsed, BadRow):
-        return [parsed]
-    ends = [index for index, message in enumerate(parsed.messages) if message.train]
-    return [
-        replace(parsed, messages=tuple(replace(m, train=i == end) for i, m in enumerate(parsed.messages[: end + 1])))
-        for end in ends
-    ]
+        yield _Part(place, parsed)
+        return
+    whole = prompt_hash(parsed)
+    for end, message in enumerate(parsed.messages):
+        if message.train:
+            turns = [replace(turn, train=index == end) for index, turn in enumerate(parsed.messages[: end + 1])]
+            yield _Part(place, replace(parsed, messages=tuple(turns)), whole)
 
 
 def _fitted(
-    conversation: Conversation, example: Example, tokenizer: ChatTokenizer, settings: _Encoding
-) -> Example | BadRow:
-    """What becomes of an example above max_tokens: refused, or without its oldest turns.
+    conversation: Conversation, result: Example | BadRow, tokenizer: ChatTokenizer, settings: _Encoding
+) -> tuple[Conversation, Example] | BadRow:
+    """What is kept of a conversation: all of it up to max_tokens, else nothing, or all but its oldest turns.
 
-    A turn is left out with its answers, or not at all: what is kept begins with the system prompt and a user turn, is
+    A turn is left out with its answers, or not at all: what is kept begins with the system prompts and a user turn, is
     rendered and verified anew, and every answer in it is whole.
     """
-    num_tokens = len(example.input_ids)
-    too_long = BadRow(
-        conversation.origin, "too_long", f"{num_tokens} tokens, more than data.max_tokens={settings.max_tokens}"
-    )
-    if settings.too_long != "truncate":
-        return too_long
-    shorter = _without_oldest(conversation)
-    found: Example | None = None
+    if isinstance(result, BadRow):
+        return result
+    if len(result.input_ids) <= settings.max_tokens:
+        return conversation, result
+    num_tokens = len(result.input_ids)
+    reason = f"{num_tokens} tokens, more than data.max_tokens={settings.max_tokens}"
+    fitting: tuple[Conversation, Example] | None = None
+    shorter = _without_oldest(conversation) if settings.too_long == "truncate" else []
     low, high = 0, len(shorter) - 1
     while low <= high:  # the fewer turns, the fewer tokens: the first that fits is found by halving
         middle = (low + high) // 2
-        (result,) = tokenizer.encode([shorter[middle]], control_tokens=settings.control_tokens)
-        if isinstance(result, BadRow):
-            return result
-        if len(result.input_ids) <= settings.max_tokens:
-            found, high = result, middle - 1
+        (tried,) = tokenizer.encode([shorter[middle]], control_tokens=settings.control_tokens)
+        if isinstance(tried, Example) and len(tried.input_ids) <= settings.max_tokens:
+            fitting, high = (shorter[middle], tried), middle - 1
         else:
             low = middle + 1
-    if found is None:
-        return too_long
-    remark = Remark(
-        conversation.origin, "truncated", f"{num_tokens} tokens; without its oldest turns {len(found.input_ids)}"
-    )
-    return replace(found, remarks=(*found.remarks, remark))
+    if fitting is None:
+        return BadRow(conversation.origin, "too_long", reason)
+    kept, example = fitting
+    text = f"{num_tokens} tokens; without its oldest turns {len(example.input_ids)}"
+    return kept, replace(example, remarks=(*example.remarks, Remark(conversation.origin, "truncated", text)))
 
 
 def _without_oldest(conversation: Conversation) -> list[Conversation]:
-    """The conversation without its first, its first two, ... exchanges; only what still has a trained turn."""
+    """The conversation without its first, its first two, ... exchanges.
+
+    Only what still has a trained turn, and no result of a call that was left out.
+    """
     messages = conversation.messages
-    system = messages[:1] if messages[0].role == "system" else ()
-    starts = [i for i, message in enumerate(messages) if message.role == "user" and i > len(system)]
-    starts = [i for i in starts if messages[i - 1].role != "user"]
-    kept = [(*system, *messages[start:]) for start in starts]
-    return [replace(conversation, messages=turns) for turns in kept if any(message.train for message in turns)]
+    num_system = next((index for index, message in enumerate(messages) if message.role != "system"), 0)
+    starts = [i for i in range(num_system + 1, len(messages)) if messages[i].role == "user" != messages[i - 1].role]
+    kept = [messages[:num_system] + messages[start:] for start in starts]
+    return [replace(conversation, messages=turns) for turns in kept if _is_complete(turns)]
+
+
+def _is_complete(messages: Sequence[Message]) -> bool:
+    """Whether a turn trains, and every tool turn comes after the call that it answers."""
+    ids: set[str | None] = set()
+    is_answered = False
+    for message in messages:
+        is_answered = is_answered or message.role == "assistant"
+        ids.update(call.id for call in message.tool_calls)
+        is_known = message.tool_call_id is None or message.tool_call_id in ids
+        if message.role == "tool" and not (is_answered and is_known):
+            return False
+    return any(message.train for message in messages)
 
 
 @lru_cache(maxsize=1)
@@ -472,6 +516,7 @@ class _Writer:
         self.origin_lines = array("q")
         self.last: Counter[int] = Counter()  # source -> examples
         self.rows: Counter[int] = Counter()  # source -> rows read
+        self.rows_kept: Counter[int] = Counter()  # source -> rows that gave an example
         self.refused: Counter[str] = Counter()
         self.remarked: Counter[str] = Counter()
         self.examples: dict[str, list[Remark]] = {}  # cause -> its first rows
@@ -487,10 +532,13 @@ class _Writer:
             file.close()
 
     def add(self, chunk: _Encoded) -> None:
-        for file, values in zip(self._files, (chunk.tokens.astype("<i4"), chunk.response.astype("u1")), strict=True):
-            file.write(values.tobytes())
+        columns = (chunk.tokens.astype("<i4"), chunk.response.astype("u1"))
+        with _disk_errors(self.directory):
+            for file, values in zip(self._files, columns, strict=True):
+                file.write(values.tobytes())
         self.num_rows += chunk.num_rows
         self.rows[chunk.source] += chunk.num_rows
+        self.rows_kept[chunk.source] += chunk.num_kept
         self.last[chunk.source] += len(chunk.lengths)
         self.lengths.extend(chunk.lengths)
         self.num_responses.extend(chunk.num_responses)
@@ -530,23 +578,23 @@ class _Writer:
         plan = self.plan
         ends = np.cumsum([self.last[index] for index in range(len(plan.spec.sources))])
         return {
-            "format_version": FORMAT_VERSION,
             "fingerprint": plan.fingerprint,
             "max_tokens": plan.spec.max_tokens,
             "too_long": plan.spec.too_long,
             "bad_rows": plan.spec.bad_rows,
             "rows_read": self.num_rows,
-            "kept": len(self.lengths),
+            "rows_kept": self.rows_kept.total(),
+            "examples": len(self.lengths),
             "dropped": self._listed(self.refused),
             "notes": self._listed(self.remarked),
             "tokens": sum(self.lengths),
             "response_tokens": sum(self.num_responses),
-            "max_length": max(self.lengths),
             "sources": [
                 {
                     "path": source.path,
                     "format": plan.formats[index],
                     "rows_read": self.rows[index],
+                    "rows_kept": self.rows_kept[index],
                     "first": int(ends[index]) - self.last[index],
                     "last": int(ends[index]),
                 }
@@ -626,7 +674,10 @@ def _remove_leftovers(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     for leftover in path.parent.glob(".tmp-*"):
         owner = path.parent / leftover.name.removeprefix(".tmp-")
-        if owner == path or not _is_locked(owner):
+        if owner == path:
+            shutil.rmtree(leftover, ignore_errors=True)
+            continue
+        with suppress(Timeout), _lock(owner).acquire(timeout=0):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -8,7 +8,7 @@ Needs `tokenizers` and `jinja2` only: transformers' AutoTokenizer would import t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sft_dist.data.control_tokens import ControlTokens
 from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, Refused, Remark
 from sft_dist.data.encoder import Encoded, Encoder
 from sft_dist.data.masks import CLOSE_THINKING, Markers, SpanFinder
-from sft_dist.data.template import CHATML, ChatTemplate, clip, without_tags
+from sft_dist.data.template import CHATML, ChatTemplate, quoted, without_tags
 from sft_dist.data.tokenizer_files import (
     encoder_of,
     final_files,
@@ -53,7 +53,8 @@ class Example:
 class _Job:
     """A rendered row on its way to tokens. spans: [start, end) in `text` of each trained turn.
 
-    named: the text is for the encoder that knows control tokens by their names.
+    named: the text is for the encoder that knows control tokens by their names. is_trusted: control tokens of the row
+    itself are among those of the text.
     """
 
     conversation: Conversation
@@ -62,6 +63,7 @@ class _Job:
     turns: tuple[int, ...]
     remarks: tuple[Remark, ...]
     named: bool = False
+    is_trusted: bool = False
 
 
 class ChatTokenizer:
@@ -94,8 +96,9 @@ class ChatTokenizer:
         self._finder = SpanFinder(self._chat_template, added_tokens=self._added)
         self._template_stop_ids = tuple(self._added[stop] for stop in self.markers.stops)
         # Other added tokens (<think>, <tool_call>) are words that a row may use like any other.
-        control = {text for text, number in self._added.items() if number in self.special_ids} | set(self.markers.stops)
-        self._control = ControlTokens(self._tokenizer, control)
+        special = {text for text, number in self._added.items() if number in self.special_ids}
+        self._control = ControlTokens(self._tokenizer, special | self.markers.frame | set(self.markers.stops))
+        self._control_ids = frozenset(self._added[text] for text in self._control.texts)
 
     @classmethod
     def load(
@@ -206,7 +209,8 @@ class ChatTokenizer:
         try:
             found = None if control_tokens == "trust" else self._control.found_in(conversation)
             if found is None:
-                return self._job(conversation)
+                job = self._job(conversation)
+                return replace(job, is_trusted=True) if control_tokens == "trust" else job
             if control_tokens == "error":
                 raise Refused(
                     "control_token",
@@ -257,7 +261,9 @@ class ChatTokenizer:
 
     def _verify(self, job: _Job, encoded: Encoded, texts: Sequence[str]) -> None:
         """Raise unless each masked span decodes to its text, holds the answer's words and ends in a stop token."""
-        if encoded.ranges[0][0] == 0:
+        if not job.is_trusted:
+            self._verify_control_tokens(job, encoded)
+        if encoded.ranges[0] != (0, 0) and encoded.ranges[0][0] == 0:
             raise Refused(
                 "mask_not_verified",
                 "the first token would be a response; it has nothing before it to be predicted from",
@@ -277,9 +283,18 @@ class ChatTokenizer:
             span = self._control.unname(span) if job.named else span
             if not self._same_text(texts[index], span):
                 raise Refused(
-                    "mask_not_verified", f"the trained tokens decode to {clip(texts[index])}, not {clip(span)}"
+                    "mask_not_verified", f"the trained tokens decode to {quoted(texts[index])}, not {quoted(span)}"
                 )
             self._verify_words(job.conversation.messages[turn], span)
+
+    def _verify_control_tokens(self, job: _Job, encoded: Encoded) -> None:
+        """Raise unless there are as many control tokens as the template wrote.
+
+        A normalizer can make one of what is none as it stands, such as a full-width `＜|im_end|＞`.
+        """
+        written = self._control.count_names(job.text) if job.named else len(self._control.pattern.findall(job.text))
+        if sum(map(self._control_ids.__contains__, encoded.ids)) != written:
+            raise Refused("control_token", "the tokenizer's normalizer turns text of this row into control tokens")
 
     def _verify_words(self, message: Message, span: str) -> None:
         """Raise unless a span ends with the answer, or holds it and every function that is called after it.
@@ -292,7 +307,7 @@ class ChatTokenizer:
         if missing is None and not message.tool_calls and not self._finder.words_of(span).rstrip().endswith(words):
             missing = words
         if missing is not None:
-            raise Refused("mask_not_verified", f"the trained text {clip(span)} does not end with {clip(missing)}")
+            raise Refused("mask_not_verified", f"the trained text {quoted(span)} does not end with {quoted(missing)}")
 
     def _same_text(self, decoded: str, span: str) -> bool:
         return decoded == span or self._canonical(decoded) == self._canonical(span)
@@ -300,10 +315,8 @@ class ChatTokenizer:
     def _canonical(self, text: str) -> str:
         """Text up to what the tokenizer itself does not keep: Unicode normal form and SentencePiece's leading space."""
         normalizer = self._tokenizer.normalizer
-        if normalizer is None:
-            return text
-        normal: str = normalizer.normalize_str(text)
-        return normal.replace("\u2581", " ").strip()
+        normal: str = text if normalizer is None else normalizer.normalize_str(text)
+        return normal if self._encoder.is_byte_level else normal.replace("\u2581", " ").strip()
 
     def _id_of(self, name: str) -> int | None:
         text = self.specials.get(name)

@@ -35,13 +35,13 @@ class ControlTokens:
     def __init__(self, tokenizer: Tokenizer, texts: Collection[str]) -> None:
         """texts: the control tokens as they are written."""
         self._tokenizer = tokenizer
-        self._texts = sorted(texts)
-        self.pattern = any_of(self._texts)
-        self._names = {text: chr(NAMES + index) for index, text in enumerate(self._texts)}
-        placeholder = NAMES + len(self._texts)
-        self._placeholders = {text: chr(placeholder + index) for index, text in enumerate(self._texts)}
+        self.texts = tuple(sorted(texts))
+        self.pattern = any_of(self.texts)
+        self._names = {text: chr(NAMES + index) for index, text in enumerate(self.texts)}
+        placeholder = NAMES + len(self.texts)
+        self._placeholders = {text: chr(placeholder + index) for index, text in enumerate(self.texts)}
         self._texts_of = {name: text for text, name in self._names.items()}
-        self._private = re.compile(f"[{chr(NAMES)}-{chr(placeholder + len(self._texts))}]")
+        self._private = re.compile(f"[{chr(NAMES)}-{chr(placeholder + len(self.texts))}]")
 
     def found_in(self, conversation: Conversation) -> str | None:
         """What a row holds of them, as a phrase; None if nothing. The usual case costs one search a turn."""
@@ -97,6 +97,10 @@ class ControlTokens:
         """Text of `encoder` with the template's own control tokens written out."""
         return self._private.sub(lambda match: self._texts_of[match.group()], text)
 
+    def count_names(self, text: str) -> int:
+        """How many of the template's own control tokens are in a text of `encoder`."""
+        return sum(map(text.count, self._texts_of))
+
     @cached_property
     def encoder(self) -> Encoder:
         """A copy of the tokenizer that knows its control tokens by their names only."""
@@ -114,6 +118,9 @@ def _renamed(tokenizer: dict[str, Any], names: Mapping[str, str]) -> dict[str, A
         model["vocab"] = {names.get(text, text): number for text, number in vocab.items()}
     elif isinstance(vocab, list):
         model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
+    if "merges" in model:  # of ordinary text, which then goes without them
+        pairs = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
     if "unk_token" in model:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     tokenizer["post_processor"] = None

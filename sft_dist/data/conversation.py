@@ -1,6 +1,5 @@
 """The types in which a row travels: raw, as a conversation, or as a row that cannot be trained on."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,6 +23,10 @@ class RawRow:
 
     origin: Origin
     data: "bytes | dict[str, Any] | BadRow"
+
+
+# Names under which rows give, and templates take, what the assistant thought before it answered.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +143,17 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(inner)
 
 
+def normalise(text: str) -> str:
+    """The text without differences of case and white space."""
+    return " ".join(text.casefold().split())
+
+
 def prompt_hash(conversation: Conversation) -> int:
-    """64 bits, equal for rows that ask the same: all before the first trained turn, up to case and white space.
+    """64 bits, equal for rows that ask the same: all turns but system prompts before the last trained one, normalised.
 
     Rows without a prompt are told apart by what they answer.
     """
-    first = next((index for index, message in enumerate(conversation.messages) if message.train), 0)
-    asked = conversation.messages[:first] or conversation.messages
-    text = "\x1e".join(f"{message.role}\x1f{message.content}" for message in asked)
-    return xxhash.xxh3_64_intdigest(_SPACE.sub(" ", text).strip().casefold().encode("utf-8", "replace"))
-
-
-_SPACE = re.compile(r"\s+")
+    last = max((index for index, message in enumerate(conversation.messages) if message.train), default=0)
+    asked = [message for message in conversation.messages[:last] if message.role != "system"]
+    text = "\x00".join(f"{message.role}\x01{normalise(message.content)}" for message in asked or conversation.messages)
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "replace"))

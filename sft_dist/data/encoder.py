@@ -28,7 +28,8 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 DIGITS = {rf"{_HEAD}\p{{N}}{_REST}": "", rf"{_HEAD}\p{{N}}{{1,3}}{_REST}": "{1,3}"}
 # Characters whose classes are looked up: all but rare Asian scripts, ideographs and planes.
 KNOWN = ((0x0, 0x33FF), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0xFB00, 0xFFFD), (0x1F000, 0x1FAFF))
-MAX_WORDS = 200_000  # about 50 MB a process
+MAX_WORDS = 200_000  # up to 130 MB a process, a third of it in languages with short words
+LONGEST_WORD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class Encoder:
         self._tokenizer = tokenizer
         setup = json.loads(tokenizer.to_str())
         self._words = _WordCutter(tokenizer, setup) if _is_known(setup) else None
-        self._bytes = _bytes_of_tokens(tokenizer) if (setup["decoder"] or {}).get("type") == "ByteLevel" else None
+        self.is_byte_level = (setup["decoder"] or {}).get("type") == "ByteLevel"
+        self._bytes = _bytes_of_tokens(tokenizer) if self.is_byte_level else None
 
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]) -> list[Encoded]:
         """Tokens of each text, and of each of its spans, which end with an added token. Spans are not empty."""
@@ -70,8 +72,8 @@ class Encoder:
         """Text of ids, control tokens included."""
         if self._bytes is None:
             return self._tokenizer.decode_batch([list(ids) for ids in batch], skip_special_tokens=False)
-        part = self._bytes.__getitem__
-        return [b"".join(map(part, ids)).decode("utf-8", "replace") for ids in batch]
+        part = self._bytes.get
+        return [b"".join([part(number, b"") for number in ids]).decode("utf-8", "replace") for ids in batch]
 
     def _compare_one(self, texts: Sequence[str], found: Sequence[Encoded | None]) -> None:
         index = next((index for index, each in enumerate(found) if each is not None), None)
@@ -185,7 +187,8 @@ class _Tokens(dict[str, tuple[int, ...]]):
         tokens = tuple([token.id for token in self._model.tokenize(letters)])
         if len(self) >= MAX_WORDS:
             self.clear()
-        self[word] = tokens
+        if len(word) <= LONGEST_WORD:
+            self[word] = tokens
         return tokens
 
 

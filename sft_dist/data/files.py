@@ -15,33 +15,16 @@ from sft_dist.config import Source
 from sft_dist.data.conversation import RawRow
 from sft_dist.data.hub import HubSplit, find_split
 from sft_dist.data.readers import SUFFIXES, OnRead, open_file, read_rows, suffix_of
+from sft_dist.data.row_fields import ROW_FIELDS
 from sft_dist.errors import DataError
-
-__all__ = ["SUFFIXES", "count_bytes", "hash_source", "iter_rows", "list_files", "source_names"]
-
-PARQUET_COLUMNS = (
-    "messages",
-    "conversations",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "history",
-    "tools",
-    "functions",
-    "images",
-    "videos",
-    "audios",
-)
 
 
 def list_files(source: Source) -> tuple[Path, ...]:
     """The files of a source in reading order; empty for a hub data set.
 
     A folder or a pattern stands for all its files of the known kinds but hidden ones.
-    Raises DataError if a file, folder or pattern is meant but there is none, or no data file in it.
+    Raises DataError if a file, folder or pattern is meant but there is none, or no data file in it, or one whose name
+    is not UTF-8.
     """
     path = Path(source.path).expanduser()
     mode = _mode(path)
@@ -54,7 +37,7 @@ def list_files(source: Source) -> tuple[Path, ...]:
         if suffix_of(path.name) is None:
             raise DataError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     elif path.is_symlink():
-        raise DataError(f"{path}: a link to {os.readlink(path)}, which does not exist")
+        raise DataError(f"{path}: a link to {_shown(os.readlink(path))}, which does not exist")
     elif glob.has_magic(source.path):
         found = _match(path)
     elif _looks_like_path(source.path):
@@ -62,6 +45,7 @@ def list_files(source: Source) -> tuple[Path, ...]:
     else:
         return ()
     for file in found:
+        _require_utf8(file)
         _require_regular(file)
     return tuple(found)
 
@@ -98,7 +82,7 @@ def iter_rows(source: Source, *, extra_columns: Sequence[str] = (), on_read: OnR
     extra_columns: fields that are read from Parquet files besides those of the row formats; `meta.level` reads `meta`.
     Raises DataError where a file is broken beyond its rows, naming the line.
     """
-    columns = (*PARQUET_COLUMNS, *extra_columns, *(name.partition(".")[0] for name in extra_columns))
+    columns = (*ROW_FIELDS, *extra_columns, *(name.partition(".")[0] for name in extra_columns))
     files = list_files(source)
     for file in files:
         yield from read_rows(file, name=str(file), columns=columns, on_read=on_read)
@@ -124,7 +108,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """Files below a folder, hidden ones left out. Links to folders are followed, each folder once."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
+        raise DataError(f"{_shown(error.filename)}: cannot be read: {error.strerror}")
 
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
@@ -158,10 +142,25 @@ def _mode(path: Path) -> int | None:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _require_utf8(path: Path) -> None:
+    """Names become origins, which are written to the store and to the terminal."""
+    if (shown := _shown(str(path))) != str(path):
+        raise DataError(f"{shown}: its name is not UTF-8; rename it")
+
+
+def _shown(name: str) -> str:
+    """The name with `\\xff` for bytes that are not UTF-8, which Python keeps as half surrogate pairs."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name
+
+
 def _require_regular(file: Path) -> None:
     mode = _mode(file)
     if mode is None:
-        raise DataError(f"{file}: a link to {os.readlink(file)}, which does not exist")
+        raise DataError(f"{file}: a link to {_shown(os.readlink(file))}, which does not exist")
     if stat.S_ISDIR(mode):
         raise DataError(f"{file}: is a folder; expected a file (its files match `{file}/*`)")
     if not stat.S_ISREG(mode):

@@ -6,7 +6,6 @@ downloaded and read like local ones: rows keep their lines, and JSON does not pa
 
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from urllib.parse import quote
 import yaml
 
 from sft_dist.data.readers import SUFFIXES, suffix_of
+from sft_dist.data.strict_json import one_line
 from sft_dist.errors import DataError
 
 PROBE_TIMEOUT_S = 10.0
@@ -43,7 +43,7 @@ class HubSplit:
         try:
             found = huggingface_hub.hf_hub_download(self.path, file, repo_type="dataset", revision=self.commit)
         except _failures() as error:
-            raise DataError(f"{self.path}/{file}@{self.commit[:7]}: cannot be downloaded: {_clip(error)}") from None
+            raise DataError(f"{self.path}/{file}@{self.commit[:7]}: cannot be downloaded: {_reason(error)}") from None
         return Path(found)
 
 
@@ -79,8 +79,11 @@ def _find_splits(path: str, revision: str | None) -> tuple[str, Mapping[str, lis
     commit = _ask_commit(path, revision)
     at_commit = _read_record(path, commit)
     splits = at_commit["splits"] if at_commit is not None else _ask_splits(path, commit)
+    record = {"commit": commit, "splits": splits}
     for name in (revision, commit):
-        _write_record(path, name, {"commit": commit, "splits": splits})
+        # One that says the same is left alone: the folder may be shared, and not writable.
+        if _read_record(path, name) != record:
+            _write_record(path, name, record)
     return commit, splits
 
 
@@ -102,7 +105,7 @@ def _ask_commit(path: str, revision: str | None) -> str:
         hint = ""
         if _read_record(path, revision) is not None:
             hint = "; HF_HUB_OFFLINE=1 takes the version that was read here before"
-        raise DataError(f"{neither}: {_clip(error)}{hint}") from None
+        raise DataError(f"{neither}: {_reason(error)}{hint}") from None
     if not info.sha:
         raise DataError(f"{neither}: the hub names no commit")
     return info.sha
@@ -115,7 +118,7 @@ def _ask_splits(path: str, commit: str) -> dict[str, list[str]]:
     try:
         builder = datasets.load_dataset_builder(path, revision=commit)
     except (*_failures(), *odd_cards) as error:
-        raise DataError(f"{path}: the splits of this hub data set cannot be found: {_clip(error)}") from None
+        raise DataError(f"{path}: the splits of this hub data set cannot be found: {_reason(error)}") from None
     return {
         str(split): [_inside(url, path, commit) for url in urls]
         for split, urls in (builder.config.data_files or {}).items()
@@ -163,6 +166,5 @@ def _failures() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, *(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules))
 
 
-def _clip(error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"
+def _reason(error: Exception) -> str:
+    return one_line(str(error)) or type(error).__name__

@@ -90,11 +90,12 @@ def summary(store: TokenStore, console: Console) -> None:
     table.add_column(style="bold")
     table.add_column()
     for source in meta["sources"]:
-        kept = source["last"] - source["first"]
-        table.add_row(
-            "source", Text(f"{safe(source['path'])}  {source['format']}  {kept} of {source['rows_read']} rows kept")
-        )
-    table.add_row("rows", f"{meta['rows_read']} read, {meta['kept']} kept, {meta['rows_read'] - meta['kept']} dropped")
+        kept = f"{source['rows_kept']} of {source['rows_read']} rows kept"
+        table.add_row("source", Text(f"{safe(source['path'])}  {source['format']}  {kept}"))
+    num_read, num_kept = meta["rows_read"], meta["rows_kept"]
+    table.add_row("rows", f"{num_read} read, {num_kept} kept, {num_read - num_kept} dropped")
+    if meta["examples"] != num_kept:
+        table.add_row("examples", str(meta["examples"]))
     for title, key in (("dropped", "dropped"), ("noted", "notes")):
         for cause in causes(meta, key):
             example = f", e.g. {safe(cause.examples[0])}" if cause.examples else ""

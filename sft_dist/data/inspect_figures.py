@@ -137,7 +137,7 @@ def source_counts(store: TokenStore) -> list[SourceCount]:
             path=source["path"],
             row_format=source["format"],
             rows_read=source["rows_read"],
-            kept=last - first,
+            kept=source["rows_kept"],
             tokens=int(store.lengths[first:last].sum()),
             response_tokens=int(store.num_responses[first:last].sum()),
         )
@@ -184,20 +184,8 @@ def lay_out(recipe: Recipe, store: TokenStore, *, world_size: int) -> Layout:
 def _cost_of_model(directory: Path) -> CostModel | None:
     """Costs from config.json without loading torch; None where it is not at hand or not a plain dense decoder."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        if "num_experts" in config or "num_local_experts" in config:
-            return None
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head_dim = config.get("head_dim") or hidden // heads
-        key_value = 2 * hidden * (config.get("num_key_value_heads") or heads) * head_dim
-        layer = 2 * hidden * heads * head_dim + key_value + 3 * hidden * config["intermediate_size"]
-        return CostModel.from_shape(
-            body_params=config["num_hidden_layers"] * layer,
-            head_params=config["vocab_size"] * hidden,
-            num_layers=config["num_hidden_layers"],
-            attention_width=heads * head_dim,
-        )
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return CostModel.from_config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
         return None
 
 

@@ -52,7 +52,7 @@ def render_page(
         samples=[_sample(store, sample, tokenizer) for sample in samples],
         charts=_length_charts(store),
         lengths_intro=_lengths_intro(store),
-        rows_intro=f"{store.meta['rows_read']:,} rows were read and {store.meta['kept']:,} kept.",
+        rows_intro=f"{store.meta['rows_read']:,} rows were read and {store.meta['rows_kept']:,} kept.",
         sources=[vars(source) | {"path": _clipped(source.path)} for source in sources[:NUM_SOURCES]],
         more_sources=len(sources[NUM_SOURCES:]),
         most_kept=max(source.kept for source in sources),
@@ -73,11 +73,11 @@ def _template() -> jinja2.Template:
 def _tiles(store: TokenStore) -> list[dict[str, str]]:
     meta = store.meta
     tokens, trained = meta["tokens"], meta["response_tokens"]
-    num_dropped = meta["rows_read"] - meta["kept"]
+    num_dropped = meta["rows_read"] - meta["rows_kept"]
     entries = [
-        ("Examples kept", f"{meta['kept']:,}", f"of {meta['rows_read']:,} rows"),
+        ("Examples kept", f"{meta['examples']:,}", f"of {meta['rows_read']:,} rows"),
         ("Rows dropped", f"{num_dropped:,}", f"{num_dropped / meta['rows_read']:.1%} of rows"),
-        ("Tokens", f"{tokens:,}", f"{tokens / meta['kept']:,.0f} an example"),
+        ("Tokens", f"{tokens:,}", f"{tokens / meta['examples']:,.0f} an example"),
         ("Trained tokens", f"{trained:,}", f"{trained / tokens:.1%} of tokens"),
         ("Longest example", f"{store.max_length:,}", f"cut at {meta['max_tokens']:,} tokens"),
     ]

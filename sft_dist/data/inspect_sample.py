@@ -3,7 +3,6 @@
 The middle of a long run is hidden, never its edges: where training begins and ends is what there is to see.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,10 +11,22 @@ from typing import Literal
 import numpy as np
 
 from sft_dist.data.chat import ChatTokenizer, Example
+from sft_dist.data.shown import UNSAFE, escape, safe
 from sft_dist.data.store import TokenStore
 
-# A row must be able neither to move the cursor nor to turn the direction of what shows it.
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+__all__ = [
+    "SMALLEST_GAP",
+    "Gap",
+    "Glyph",
+    "GlyphKind",
+    "Piece",
+    "Run",
+    "Sample",
+    "pick_samples",
+    "runs_of",
+    "safe",
+]
+
 # A gap takes a line of its own, so fewer hidden tokens than this save nothing.
 SMALLEST_GAP = 16
 
@@ -101,11 +112,6 @@ def runs_of(
     return found
 
 
-def safe(text: str) -> str:
-    """One line of text that cannot steer what shows it."""
-    return UNSAFE.sub(_escaped, " ".join(text.split("\n")))
-
-
 def _shown_tokens(is_response: np.ndarray, max_tokens: int | None) -> np.ndarray:
     """Which tokens are shown: `[L]` bool."""
     length = len(is_response)
@@ -158,7 +164,7 @@ def _cut_apart(text: str, parts: Sequence[tuple[tuple[int, ...], str]]) -> Itera
         drawn = zip(kinds[begin : begin + len(part)], part, strict=True)
         begin += len(part)
         glyphs = [
-            Glyph(kind, UNSAFE.sub(_escaped, "".join(char for _, char in group)))
+            Glyph(kind, escape("".join(char for _, char in group)))
             for kind, group in groupby(drawn, key=lambda pair: pair[0])
         ]
         yield Piece(ids, False, tuple(glyphs))
@@ -172,7 +178,3 @@ def _kind_of(char: str, *, is_edge: bool) -> GlyphKind:
     if char == "\t":
         return "tab"
     return "escape" if UNSAFE.match(char) else "text"
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return f"\\x{ord(match.group()):02x}"

@@ -8,8 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sft_dist.config import Source
-from sft_dist.data.conversation import BadRow, Conversation
+from sft_dist.data.conversation import BadRow, Conversation, Origin
+from sft_dist.data.draws import hold_out
 from sft_dist.data.files import iter_rows
 from sft_dist.data.lint_near import NearDuplicates
 from sft_dist.data.lint_row import Finding, lint_conversation
@@ -50,13 +54,17 @@ SEVERITIES: dict[str, Severity] = {
     "mixed_languages": "note",
     "mixed_instructions": "note",
 }
+# What the rules that are not about training rows look at.
+OF_HELD_OUT_ROWS = ("leakage", "near_leakage")
+OF_ALL_ROWS = ("bad_row", "empty_turn")
 
 
 @dataclass(slots=True)
 class RuleResult:
-    """count: all findings; first: the first of them, as many as were asked for."""
+    """count: all findings; num_rows: rows that they name; first: the first of them, as many as were asked for."""
 
     count: int = 0
+    num_rows: int = 0
     first: list[Finding] = field(default_factory=list)
 
 
@@ -69,16 +77,28 @@ class Total(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LintReport:
-    """rows: rows read, bad ones too; results: of the rules that found something, in the order of SEVERITIES."""
+    """results: of the rules that found something, in the order of SEVERITIES.
+
+    rows: those of the training files, bad ones and those that data.held_out_share takes from them too.
+    held_out_rows: those taken from them, or those of held-out files. rows_read: of all files.
+    """
 
     rows: int
     held_out_rows: int
+    rows_read: int
     results: dict[str, RuleResult]
 
     def total(self, severity: Severity) -> Total:
         """What was found of one severity."""
         counts = [result.count for rule, result in self.results.items() if SEVERITIES[rule] == severity]
         return Total(sum(counts), len(counts))
+
+    def share(self, rule: str) -> float | None:
+        """The rows that a rule names among those that it is about; None where it is about the data set as a whole."""
+        rows = self.results[rule].num_rows
+        if rule in OF_HELD_OUT_ROWS:
+            return rows / self.held_out_rows
+        return rows / (self.rows_read if rule in OF_ALL_ROWS else self.rows) if rows else None
 
     @property
     def is_clean(self) -> bool:
@@ -100,39 +120,58 @@ class LintReport:
         return f"not fit to train on: {text}" if errors.findings else text
 
 
-def lint(train: Sequence[Source], held_out: Sequence[Source] = (), *, keep: int = 5) -> LintReport:
+def lint(
+    train: Sequence[Source],
+    held_out: Sequence[Source] = (),
+    *,
+    turns: str = "all",
+    difficulty_field: str | None = None,
+    held_out_share: float = 0.0,
+    held_out_seed: int = 0,
+    keep: int = 5,
+) -> LintReport:
     """Check training data, and held-out data for leakage from it.
 
+    turns, difficulty_field, held_out_share, held_out_seed: as in the recipe; give held-out sources or a share.
     keep: findings kept for each rule; all are counted.
-    Raises DataError for files that cannot be read, or that hold no row.
+    Raises DataError for files that cannot be read, or that hold no row; ConfigError for a share that leaves one side
+    empty.
     """
     found = _Collector(keep)
     with NearDuplicates() as near:
-        reader = _Reader(near)
-        found.extend(reader.read(train, is_train=True))
-        num_read, num_train = reader.num_read, len(near)
+        reader = _Reader(near, turns=turns)
+        found.extend(reader.read(train, is_train=True, difficulty_field=difficulty_field))
+        num_rows = reader.num_read
         table = reader.finish()
         found.extend(reader.read(held_out, is_train=False))
         held_table = reader.finish()
         found.extend(lint_data_set(table))
         found.extend(_formats(reader.formats))
         found.extend(leakage(table, held_table))
-        found.extend(_near(near, table, held_table, num_train=num_train))
+        is_split_off = np.zeros(len(table), dtype=np.bool_)
+        if len(table):
+            is_split_off = hold_out(table.table["question"], share=held_out_share, seed=held_out_seed)
+        found.extend(_near(near, table, held_table, is_split_off))
     results = {rule: found.results[rule] for rule in SEVERITIES if rule in found.results}
-    return LintReport(num_read, reader.num_read - num_read, results)
+    num_held_out = int(is_split_off.sum()) + reader.num_read - num_rows
+    return LintReport(num_rows, num_held_out, reader.num_read, results)
 
 
 class _Collector:
-    """Counts findings by rule and keeps the first of each."""
+    """Counts findings by rule and keeps the first of each. A rule names all it finds in a row one after another."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
+        self._last: dict[str, Origin] = {}
         self.results: dict[str, RuleResult] = {}
 
     def extend(self, findings: Iterable[Finding]) -> None:
         for finding in findings:
             result = self.results.setdefault(finding.rule, RuleResult())
             result.count += 1
+            if finding.origin and finding.origin != self._last.get(finding.rule):
+                self._last[finding.rule] = finding.origin
+                result.num_rows += 1
             if len(result.first) < self._keep:
                 result.first.append(finding)
 
@@ -140,22 +179,25 @@ class _Collector:
 class _Reader:
     """Reads sources once; leaves behind a table, and texts to compare in `near`."""
 
-    def __init__(self, near: NearDuplicates) -> None:
-        self._near = near
+    def __init__(self, near: NearDuplicates, *, turns: str) -> None:
+        self._near, self._turns = near, turns
         self._table = RowTable()
         self.num_read = 0
         self.formats: dict[str, str] = {}
 
-    def read(self, sources: Sequence[Source], *, is_train: bool) -> Iterator[Finding]:
+    def read(
+        self, sources: Sequence[Source], *, is_train: bool, difficulty_field: str | None = None
+    ) -> Iterator[Finding]:
         """Yield what rules over one row find. In held-out data only bad rows are looked for."""
+        extra = [difficulty_field] if difficulty_field else []
         for source in sources:
             row_format = detect_format(source)
             if is_train:
                 self.formats.setdefault(row_format, source.path)
             before = self.num_read
-            for raw in iter_rows(source):
+            for raw in iter_rows(source, extra_columns=extra):
                 self.num_read += 1
-                row = parse_row(raw, row_format)
+                row = parse_row(raw, row_format, turns=self._turns, difficulty_field=difficulty_field)
                 if isinstance(row, BadRow):
                     yield Finding("empty_turn" if row.cause == "empty_content" else "bad_row", row.origin, row.reason)
                     continue
@@ -183,15 +225,24 @@ def _formats(formats: dict[str, str]) -> Iterator[Finding]:
         yield Finding("row_formats", None, f"several row formats: {named}")
 
 
-def _near(near: NearDuplicates, table: DataSet, held_table: DataSet, *, num_train: int) -> Iterator[Finding]:
-    """Near-duplicates but for those that the rules of exact duplicates report."""
-    repeated = {row for row, _ in repeats(table.table["conversation"])}
-    leaked = {num_train + row for row in held_table.rows_in(table, "question")}
-    for first, second, similarity in near.pairs(num_train=num_train, skip=repeated | leaked):
-        is_train = second < num_train
-        origin = table.origin(second) if is_train else held_table.origin(second - num_train)
+def _near(
+    near: NearDuplicates, table: DataSet, held_table: DataSet, is_split_off: NDArray[np.bool_]
+) -> Iterator[Finding]:
+    """Near-duplicates but for those that the rules of exact duplicates report.
+
+    is_split_off: rows of `table` that are not trained on.
+    """
+    num_rows = len(table)
+    repeated = [row for row, _ in repeats(table.table["conversation"])]
+    leaked = [num_rows + row for row in held_table.rows_in(table, "question")]
+    is_held_out = np.concatenate([is_split_off, np.ones(len(held_table), dtype=np.bool_)])
+    for first, second, similarity in near.pairs(is_held_out, skip=np.array(repeated + leaked, dtype=np.int64)):
+        origin = table.origin(second) if second < num_rows else held_table.origin(second - num_rows)
         detail = f"shares {similarity:.0%} of its word sequences with {table.origin(first)}"
-        yield Finding("near_duplicate" if is_train else "near_leakage", origin, detail)
+        if is_held_out[second]:
+            yield Finding("near_leakage", origin, f"held out, {detail}")
+        else:
+            yield Finding("near_duplicate", origin, detail)
 
 
 def _number(count: int, name: str) -> str:

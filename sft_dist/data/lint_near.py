@@ -1,17 +1,23 @@
 """Near-duplicates by MinHash and banding over word 5-shingles, each pair verified by its exact Jaccard similarity.
 
-Shingles wait in a temporary file, so memory holds 12 hashes a row. Shingles that more than 2% of the rows share are the
-template of the data, not its content, and are left out; rows that differ in a number are different questions.
+Shingles wait in a temporary file. Memory holds 12 bytes a row while rows are added; then 12 hashes a row and what it
+takes to sort by one of them, about 250 bytes in all, and the pairs to verify. Shingles that more than 2% of the rows
+share are the template of the data, not its content, and are left out; rows that differ in a number are different
+questions.
 """
 
+import contextlib
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from array import array
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from sft_dist.errors import DataError
 
 SHINGLE_WORDS = 5
 MIN_SHINGLES = 10
@@ -46,15 +52,16 @@ class NearDuplicates:
     """Collects rows, then finds the pairs. Deterministic; use as a context manager, for the temporary file."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="sft-dist-lint-")  # noqa: SIM115, closed by __exit__
-        self._counts: list[int] = []
-        self._numbers: list[int] = []
+        self._counts, self._numbers = array("I"), array("Q")
+        with self._naming_the_folder():
+            self._file = tempfile.TemporaryFile(prefix="sft-dist-lint-")  # noqa: SIM115, closed by __exit__
 
     def __enter__(self) -> "NearDuplicates":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk fails again when the rest of the buffer is written
+            self._file.close()
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -62,28 +69,31 @@ class NearDuplicates:
     def add(self, text: str) -> None:
         """Add the next row."""
         hashes = shingles(text)
-        self._file.write(hashes.tobytes())
+        with self._naming_the_folder():
+            self._file.write(hashes.tobytes())
         self._counts.append(len(hashes))
         self._numbers.append(xxhash.xxh3_64_intdigest(" ".join(_NUMBER.findall(text)).encode()))
 
-    def pairs(self, *, num_train: int, skip: Collection[int] = ()) -> Iterator[Pair]:
-        """Each row that has a near-duplicate among the rows before it, with the first found; in the order of rows.
+    def pairs(self, is_held_out: NDArray[np.bool_], *, skip: NDArray[np.int64] | None = None) -> Iterator[Pair]:
+        """Each training row with the first near-duplicate before it, then each held-out row with the first trained on.
 
-        num_train: rows from this on are held out, and are compared with rows before it only.
+        is_held_out: `[N]`; such rows may lie anywhere, and are not compared with each other.
         skip: rows that are left out, such as exact duplicates.
         """
-        self._file.flush()
-        counts = np.array(self._counts, dtype=np.int64)
+        with self._naming_the_folder():
+            self._file.flush()
+        counts = np.array(self._counts, dtype=np.uint32)
         if not counts.any():
             return
-        offsets = np.concatenate([[0], np.cumsum(counts)])
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         stored = np.memmap(self._file, dtype=np.uint32, mode="r")
         is_template = _shingle_counts(stored) > max(TEMPLATE_ROWS, TEMPLATE_SHARE * int((counts > 0).sum()))
         bands, sizes = _band_hashes(stored, offsets, is_template)
-        sizes[list(skip)] = 0
-        candidates = _candidates(bands, sizes, np.array(self._numbers, dtype=np.uint64), num_train=num_train)
+        if skip is not None:
+            sizes[skip] = 0
+        numbers = np.array(self._numbers, dtype=np.uint64)
         done = -1
-        for first, second in candidates.tolist():
+        for first, second in _candidates(bands, sizes, numbers, is_held_out):
             if second == done:
                 continue
             similarity = _jaccard(
@@ -92,6 +102,26 @@ class NearDuplicates:
             if similarity >= SIMILAR:
                 yield Pair(first, second, similarity)
                 done = second
+
+    @contextlib.contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        """Raises DataError where the temporary file cannot be made or written."""
+        try:
+            yield
+        except OSError as error:
+            num_bytes = 4 * sum(self._counts)
+            raise DataError(
+                f"{_temporary_folder()}: cannot take the temporary file in which lint looks for near-duplicates "
+                f"(4 bytes a word, {num_bytes / 1e6:.1f} MB so far): {error.strerror}; make room there, or name "
+                "another folder in the environment variable TMPDIR"
+            ) from None
+
+
+def _temporary_folder() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        return "no folder for temporary files"
 
 
 def shingles(text: str) -> NDArray[np.uint32]:
@@ -163,29 +193,35 @@ def _band_hashes(
 
 
 def _candidates(
-    bands: NDArray[np.uint64], sizes: NDArray[np.int64], numbers: NDArray[np.uint64], *, num_train: int
-) -> NDArray[np.int64]:
-    """Pairs of rows that meet in a bucket of some band. Returns [P, 2], ascending by the second row, then the first."""
-    rows = np.flatnonzero(sizes)
-    found = [np.empty(0, dtype=np.int64)]
-    num_rows = len(sizes)
+    bands: NDArray[np.uint64],
+    sizes: NDArray[np.int64],
+    numbers: NDArray[np.uint64],
+    is_held_out: NDArray[np.bool_],
+) -> Iterator[tuple[int, int]]:
+    """Pairs of rows that meet in a bucket of some band, by the second row, then the first: training rows first."""
+    order = np.argsort(is_held_out, kind="stable")
+    num_rows, num_train = len(sizes), len(sizes) - int(is_held_out.sum())
+    places = np.flatnonzero(sizes[order])  # from here on rows are named by their place in this order
+    rows = order[places]
+    codes = np.empty(0, dtype=np.int64)
     for band in bands if len(rows) else ():
         # Rows with other numbers never match: as part of the bucket they would only crowd it.
-        key = band[rows] ^ (numbers[rows] * _MULTIPLIER)
-        order = np.argsort(key, kind="stable")
-        members, keys = rows[order], key[order]
-        opens = np.concatenate([[True], keys[1:] != keys[:-1]])
-        heads = np.maximum.accumulate(np.where(opens, np.arange(len(keys)), 0))
-        partners = [heads] + [
-            np.maximum(heads, np.arange(len(keys)) - back) for back in range(1, BUCKET_NEIGHBOURS + 1)
-        ]
-        for partner in partners:
-            first, second = members[partner], members
-            wanted = (first < second) & (first < num_train)
-            wanted &= SIMILAR * np.maximum(sizes[first], sizes[second]) <= np.minimum(sizes[first], sizes[second])
-            found.append(np.unique(second[wanted] * num_rows + first[wanted]))
-    codes = np.unique(np.concatenate(found))
-    return np.stack([codes % num_rows, codes // num_rows], axis=1)
+        keys = band[rows] ^ (numbers[rows] * _MULTIPLIER)
+        by_key = np.argsort(keys, kind="stable")
+        members, member_sizes, keys = places[by_key], sizes[rows[by_key]], keys[by_key]
+        index = np.arange(len(keys))
+        heads = np.maximum.accumulate(np.where(np.diff(keys, prepend=~keys[:1]) != 0, index, 0))
+        found = []
+        for back in (len(keys), *range(1, BUCKET_NEIGHBOURS + 1)):
+            partner = np.maximum(heads, index - back)
+            first, size = members[partner], member_sizes[partner]
+            wanted = (partner < index) & (first < num_train)
+            wanted &= SIMILAR * np.maximum(size, member_sizes) <= np.minimum(size, member_sizes)
+            found.append(members[wanted] * num_rows + first[wanted])
+        codes = np.unique(np.concatenate([codes, *found]))  # most pairs meet in several bands
+    for code in codes:
+        second, first = divmod(int(code), num_rows)
+        yield int(order[first]), int(order[second])
 
 
 def _jaccard(left: NDArray[np.uint32], right: NDArray[np.uint32]) -> float:

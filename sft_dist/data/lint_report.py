@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_dist.data.lint import SEVERITIES, LintReport
+from sft_dist.data.shown import escape_json, safe
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -19,20 +20,21 @@ def print_report(report: LintReport, console: Console) -> None:
         console.print(Text(f"\n{rule}", style=STYLES[SEVERITIES[rule]]), soft_wrap=True)
         for finding in result.first:
             place = f"{finding.origin}: " if finding.origin else ""
-            console.print(Text("  " + _safe(f"{place}{finding.detail}")), soft_wrap=True)
+            console.print(Text("  " + safe(f"{place}{finding.detail}")), soft_wrap=True)
         if result.count > len(result.first):
             console.print(Text(f"  and {result.count - len(result.first)} more", style="dim"), soft_wrap=True)
     console.print(Text(f"{chr(10) if report.results else ''}verdict: {report.verdict}", style="bold"), soft_wrap=True)
 
 
 def to_json(report: LintReport) -> str:
-    """The report for machines; `findings` holds the first of `count`."""
+    """The report for machines; `findings` holds the first of `count`, which are about `rows` different rows."""
     rules = [
         {
             "rule": rule,
             "severity": SEVERITIES[rule],
             "count": result.count,
-            "share": result.count / report.rows,
+            "rows": result.num_rows,
+            "share": report.share(rule),
             "findings": [
                 {
                     "path": finding.origin.path if finding.origin else None,
@@ -45,7 +47,8 @@ def to_json(report: LintReport) -> str:
         for rule, result in report.results.items()
     ]
     fields = {"verdict": report.verdict, "clean": report.is_clean, "rows": report.rows}
-    return json.dumps({**fields, "held_out_rows": report.held_out_rows, "rules": rules}, indent=2, ensure_ascii=False)
+    fields |= {"held_out_rows": report.held_out_rows, "rules": rules}
+    return escape_json(json.dumps(fields, indent=2, ensure_ascii=False))
 
 
 def _overview(report: LintReport) -> Table:
@@ -54,12 +57,7 @@ def _overview(report: LintReport) -> Table:
         table.add_column(name, justify="right" if name in ("count", "share") else "left")
     for rule, result in report.results.items():
         severity = SEVERITIES[rule]
-        about_rows = any(finding.origin for finding in result.first)
-        share = f"{result.count / report.rows:.1%}" if about_rows else ""
-        table.add_row(rule, Text(severity, style=STYLES[severity]), str(result.count), share)
+        share = report.share(rule)
+        shown = "" if share is None else f"{share:.1%}"
+        table.add_row(rule, Text(severity, style=STYLES[severity]), str(result.count), shown)
     return table
-
-
-def _safe(text: str) -> str:
-    """A row must not be able to move the cursor or turn the direction of the terminal that shows it."""
-    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sft_dist.data.conversation import Conversation, Message, Origin
-from sft_dist.data.lint_text import answer_given, normalise, script
+from sft_dist.data.conversation import Conversation, Message, Origin, normalise
+from sft_dist.data.lint_text import answer_given, script
 
 SHORTEST_ECHO = 60
 """Characters; below it a response that ends the prompt is an option, a name or a word to repeat."""
@@ -17,9 +17,15 @@ _CONTROL_TOKEN = re.compile(
     r"<\|[A-Za-z][\w▁ -]{0,40}\|>|<｜[^｜<>\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>"
     r"|<(?:bos|eos|pad|unk)>|\[(?:BOS|EOS|CLS|SEP|PAD)\]"
 )
+# Text that shows control tokens rather than holds them: code, and what HTML strikes out. A pair around a whole text of
+# several lines is no such tag.
+_CODE = re.compile(r"```[^`]*+```|`[^`\n]++`")
+_STRUCK = re.compile(r"<s>((?:(?!</?s>)[^\n]){1,200}+)</s>")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufffd]")
 # UTF-8 read as Latin-1 or Windows-1252: the lead byte's letter, then what a continuation byte becomes.
 _MOJIBAKE = re.compile("[ÃÂ][\u0080-\u00bf]|Ã[€‚ƒ„…†‡ˆ‰Š‹Œ‘’“”•–—˜™š›œ]|â(?:€|\u0080)[\u0080-\u00bf™œšž˜“”‘’–—¦¢]|ï»¿")
+# Marks of direction belong to text that is written from the right.
+_MARKS = "\u200e\u200f"
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 # Joiners belong to the spelling of these scripts and to composed emoji.
 _JOINED = re.compile("[\u0600-\u08ff\u0900-\u0dff\u1780-\u17ff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff]")
@@ -68,13 +74,6 @@ def system_not_first(conversation: Conversation) -> Details:
             yield f"turn {index + 1} is a system prompt"
 
 
-def empty_turn(conversation: Conversation) -> Details:
-    """A response without a word."""
-    for index, message in enumerate(conversation.messages):
-        if message.train and not message.content.strip() and not message.tool_calls:
-            yield f"turn {index + 1} ({message.role}) is empty"
-
-
 def answer_in_prompt(conversation: Conversation) -> Details:
     """The prompt gives the answer away behind its own cue: the model learns to copy what is absent at test time."""
     for index, prompt, response in _exchanges(conversation):
@@ -116,10 +115,14 @@ def role_order(conversation: Conversation) -> Details:
 
 
 def forged_control_token(conversation: Conversation) -> Details:
-    """Text that looks like a chat template's control token."""
+    """Text that looks like a chat template's control token, but for code and `<s>struck out</s>`."""
     for index, message in enumerate(conversation.messages):
-        found = list(dict.fromkeys(_CONTROL_TOKEN.findall(_text(message))))
-        if found:
+        text = _text(message)
+        if not _CONTROL_TOKEN.search(text):
+            continue
+        # A backtick is in no token, so that nothing becomes one where code is taken out.
+        text = _STRUCK.sub(r"\1", _CODE.sub("`", text))
+        if found := dict.fromkeys(_CONTROL_TOKEN.findall(text)):
             yield f"turn {index + 1} ({message.role}) holds {clip(' '.join(found))}"
 
 
@@ -129,21 +132,20 @@ def invisible_characters(conversation: Conversation) -> Details:
         text = _text(message)
         if text.isascii():
             continue
-        found = list(dict.fromkeys(f"U+{ord(match[0]):04X}" for match in _INVISIBLE.finditer(text) if _is_stray(match)))
-        if found:
-            yield f"turn {index + 1} ({message.role}) holds {clip(' '.join(found))}"
+        strays = list(dict.fromkeys(match[0] for match in _INVISIBLE.finditer(text) if _is_stray(match)))
+        if any(mark in strays for mark in _MARKS) and _RIGHT_TO_LEFT.search(text):
+            strays = [letter for letter in strays if letter not in _MARKS]
+        if strays:
+            codes = " ".join(f"U+{ord(letter):04X}" for letter in strays)
+            yield f"turn {index + 1} ({message.role}) holds {clip(codes)}"
         elif match := _MOJIBAKE.search(text):
             around = text[max(0, match.start() - 15) : match.end() + 15]
             yield f"turn {index + 1} ({message.role}) was decoded wrongly: {clip(around)}"
 
 
 def _is_stray(match: re.Match[str]) -> bool:
-    text, at, character = match.string, match.start(), match[0]
-    if character in "\u200e\u200f":
-        return not _RIGHT_TO_LEFT.search(text)
-    if character in "\u200c\u200d":
-        return not _JOINED.match(text[at - 1 : at] or " ")
-    return True
+    at = match.start()
+    return match[0] not in "\u200c\u200d" or not _JOINED.match(match.string[at - 1 : at] or " ")
 
 
 def padded_response(conversation: Conversation) -> Details:
@@ -169,8 +171,8 @@ def mixed_languages(conversation: Conversation) -> Details:
 RULES: dict[str, Callable[[Conversation], Details]] = {
     rule.__name__: rule
     for rule in (
-        system_not_first, empty_turn, answer_in_prompt, response_is_prompt, role_order, forged_control_token,
-        invisible_characters, padded_response, mixed_languages,
+        system_not_first, answer_in_prompt, response_is_prompt, role_order, forged_control_token, invisible_characters,
+        padded_response, mixed_languages,
     )
 }  # fmt: skip
 

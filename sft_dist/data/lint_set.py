@@ -133,7 +133,7 @@ def reworded_answer(data: DataSet) -> Found:
 
 
 def length_outlier(data: DataSet) -> Found:
-    """Prompts and responses far longer than the others; the most extreme first."""
+    """Rows with a prompt or response far longer than the others; the most extreme first."""
     if len(data) < MIN_OUTLIER_ROWS:
         return
     found = []
@@ -146,8 +146,10 @@ def length_outlier(data: DataSet) -> Found:
         for row in np.flatnonzero(is_outlier):
             detail = f"a {name} of {int(lengths[row])} characters, {lengths[row] / np.exp(median):.0f} times the median"
             found.append((median - logs[row], row, detail))
-    for _, row, detail in sorted(found)[:MAX_OUTLIERS]:
-        yield int(row), detail
+    details: dict[int, list[str]] = {}
+    for _, row, detail in sorted(found):
+        details.setdefault(int(row), []).append(detail)
+    yield from [(row, ", ".join(said)) for row, said in details.items()][:MAX_OUTLIERS]
 
 
 def cut_answer(data: DataSet) -> Found:
@@ -201,7 +203,7 @@ def lint_data_set(data: DataSet) -> Iterator[Finding]:
 
 
 def leakage(train: DataSet, held_out: DataSet) -> Iterator[Finding]:
-    """Held-out questions that are trained on, whatever the system prompt; the answer does not matter."""
+    """Held-out prompts that are trained on, whatever the system prompt; the answer does not matter."""
     for row, first in held_out.rows_in(train, "question").items():
         yield Finding("leakage", held_out.origin(row), f"its prompt is trained on at {train.origin(first)}")
 

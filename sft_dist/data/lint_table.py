@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_dist.data.conversation import Conversation, Message, Origin
+from sft_dist.data.conversation import Conversation, Message, Origin, normalise, prompt_hash
 from sft_dist.data.lint_row import last_exchange, responses_of, user_turn_before
 from sft_dist.data.lint_text import (
     LANGUAGES,
@@ -14,7 +14,6 @@ from sft_dist.data.lint_text import (
     has_trailing_cue,
     is_json,
     language,
-    normalise,
     response_shape,
     skeleton,
     text_key,
@@ -28,8 +27,8 @@ CUTS = ("", "in the middle of a sentence", "inside a code block", "inside a JSON
 ROW = np.dtype([
     ("file", "u4"), ("line", "u4"),
     ("conversation", "u8"),  # all turns
-    ("prompt", "u8"),        # all turns before the last response
-    ("question", "u8"),      # the same without system prompts
+    ("question", "u8"),      # prompt_hash
+    ("prompt", "u8"),        # the same with what else decides the answer: system prompts, tools and calls
     ("answer", "u8"),        # the last response
     ("system", "u8"),        # 0: none
     ("loose_system", "u8"),  # letters and digits only
@@ -39,8 +38,9 @@ ROW = np.dtype([
 ])  # fmt: skip
 
 Table = NDArray[np.void]
-_BLOCK = re.compile(r"^\s*```", re.MULTILINE)
-_LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\d+[.):]|[A-Za-z][.)]|#+|>|\|)")
+_FENCE = re.compile(r"`{3,}+")
+_OPENS_BLOCK = re.compile(r"[^\s`]*+[^\S\n]*+(?:\n|(?<!`)$)")
+_LIST_ITEM = re.compile(r"\s*+(?:[-*+•]|\d+[.):]|[A-Za-z][.)]|#+|>|\|)")
 _DANGLING = re.compile(r"(?:^|\W)(?:and|or|the|an|of|because|und|oder|der|et|ou|y)$")
 _SENTENCE_WORD = re.compile(r"(?:^|[^\w#@/])[^\W\d_]+$|[,(\[{–—]$")
 _NOT_WORD = re.compile(r"[\W_]+")
@@ -102,6 +102,7 @@ def features(conversation: Conversation) -> tuple[object, ...]:
     """The fields of ROW behind file and line."""
     before, last = last_exchange(conversation)
     responses = [message.content for message in responses_of(conversation)]
+    question = prompt_hash(conversation)
     system = "\n".join(message.content for message in conversation.messages if message.role == "system")
     user = user_turn_before(before)
     fixed = skeleton(user)
@@ -109,8 +110,8 @@ def features(conversation: Conversation) -> tuple[object, ...]:
     cuts = [how_cut(response) for response in responses]
     return (
         _turns_key(conversation.messages),
-        _turns_key(before),
-        _turns_key([message for message in before if message.role != "system"]),
+        question,
+        _prompt_key(question, conversation, before),
         _turns_key([last]),
         text_key(system) if system.strip() else 0,
         text_key(_NOT_WORD.sub("", system.casefold())),
@@ -129,7 +130,7 @@ def features(conversation: Conversation) -> tuple[object, ...]:
 def how_cut(response: str) -> str:
     """How a response seems to have been cut, one of CUTS; empty if it seems whole."""
     text = response.strip()
-    if "```" in text and len(_BLOCK.findall(text)) % 2:
+    if "```" in text and _is_block_open(text):
         return CUTS[2]
     if _JSON_START.match(text) and text.count("{") + text.count("[") > text.count("}") + text.count("]"):
         return "" if is_json(text) else CUTS[3]
@@ -147,6 +148,22 @@ def is_long_prose(response: str) -> bool:
     text = response.strip()
     last_line = text.rsplit("\n", 1)[-1]
     return len(text) > LONG_RESPONSE and len(last_line) >= MIN_SENTENCE and not _LIST_ITEM.match(last_line)
+
+
+def _is_block_open(text: str) -> bool:
+    """Whether the last of an odd number of fences opens a block: nothing but its language follows on its line.
+
+    A fence that prose speaks of has more behind it; one at the very end closes what an earlier one opened.
+    """
+    fences = list(_FENCE.finditer(text))
+    return len(fences) % 2 == 1 and bool(_OPENS_BLOCK.match(text, fences[-1].end()))
+
+
+def _prompt_key(question: int, conversation: Conversation, before: Sequence[Message]) -> int:
+    """Hash of a prompt with all that may ask for another answer to it."""
+    systems = [normalise(message.content) for message in before if message.role == "system"]
+    calls = [message.tool_calls for message in before if message.tool_calls]
+    return text_key(f"{question}\x00{systems}\x00{calls or ''}\x00{conversation.tools or ''}")
 
 
 def _turns_key(messages: Sequence[Message]) -> int:

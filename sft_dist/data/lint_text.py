@@ -1,10 +1,12 @@
 """What lint reads off a text: the shape of an answer, a trailing cue, the fixed part of a prompt, its language.
 
-All are cheap guesses, made so that a text that fits no pattern is left alone.
+All are cheap guesses, made so that a text that fits no pattern is left alone. The time they take is linear in
+the text, whatever it holds: what repeats is possessive or bounded, and no two starting places scan the same stretch.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 
 import xxhash
@@ -37,16 +39,17 @@ STOP_WORDS = {
 }
 
 _CUE_WORD = (
-    r"(?:(?:final|correct|your|model|the)\s+)?(?:answer|response|output|solution|assistant|summary|result|label|category|"
+    r"(?:(?:final|correct|your|model|the)[^\S\n]++)?(?:answer|response|output|solution|assistant|summary|result|label|category|"
     r"antwort|lösung|réponse|respuesta|resposta|risposta|ответ|答案|回答|答)"
 )
-_CUE = re.compile(rf"(?:^|\n|(?<=[.?!])[^\S\n])[^\S\n]*[#*>\s]*{_CUE_WORD}[*\s]*[:：][*]*[^\S\n]*", re.IGNORECASE)
-_SHORT_LABEL = re.compile(r"\n[^\S\n]*[#*>]*[^\W\d]\w*(?: \w+){0,2}[*]*[:：][*]*\s*$")
-_LINE_LABEL = re.compile(r"[#*>\s]*([^\W\d]\w*(?: \w+){0,2})\s*[*]*[:：]")
+# All marks and white space before a cue are its lead; what they must be is for `_cues`.
+_CUE = re.compile(rf"(?:^|(?<![#*>\s])(?=[#*>\s]))([#*>\s]*+){_CUE_WORD}[*\s]*+[:：]", re.IGNORECASE)
+_SHORT_LABEL = re.compile(r"[^\S\n]*+[#*>]*+[^\W\d]\w*+(?: \w++){0,2}[*]*+[:：]")
+_LINE_LABEL = re.compile(r"[#*>\s]*+([^\W\d]\w*+(?: \w++){0,2})\s*+[*]*+[:：]")
 _OPTION = re.compile(r"\(?([A-Z]|[a-h]|\d{1,2})[.):]\s")
 _NUMBER_RUN = re.compile(r"\d+(?:[.,:/-]\d+)*")
-_QUOTED = re.compile(r"\"[^\"\n]{1,200}\"|“[^”\n]{1,200}”|`[^`\n]{1,200}`")
-_CHOICE = re.compile(r"\(?[A-Ja-j]\)?[.):]?|\(?[A-J][.):]\)?[^\S\n]+\S[^\n]{0,150}")
+_QUOTED = re.compile(r"\"[^\"\n]{1,200}\"|“[^“”\n]{1,200}”|`[^`\n]{1,200}`")
+_CHOICE = re.compile(r"\(?[A-Ja-j]\)?[.):]?|\(?[A-J][.):]\)?[^\S\n]++\S[^\n]{0,150}")
 _NUMBER = re.compile(
     r"[-+±~≈<>]?\s?[$€£¥]?\s?\d[\d,.\s]*(?:[eE][-+]?\d+)?\s?(?:[^\s\d][^\s]{0,11}(?: [^\s]{1,10}){0,2})?"
 )
@@ -55,11 +58,6 @@ _SCRIPT_LETTERS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _NOT_ASCII_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 _STOP_SETS = {name: frozenset(words.split()) for name, words in STOP_WORDS.items()}
-
-
-def normalise(text: str) -> str:
-    """The text without differences of case and white space."""
-    return " ".join(text.casefold().split())
 
 
 def text_key(text: str) -> int:
@@ -93,7 +91,10 @@ def has_trailing_cue(prompt: str) -> bool:
     text = prompt.rstrip()
     if not text.endswith((":", "：")):
         return False
-    return any(match.end() == len(text) for match in _CUE.finditer(text)) or bool(_SHORT_LABEL.search(text))
+    _, line_break, last_line = text.rpartition("\n")
+    if line_break and _SHORT_LABEL.fullmatch(last_line):
+        return True
+    return any(end == len(text) for _, end in _cues(text))
 
 
 def answer_given(prompt: str) -> str:
@@ -102,13 +103,23 @@ def answer_given(prompt: str) -> str:
     An open cue at the end is passed over. What stands between it and the cue before, such as an example's answer and
     the next question, is returned whole.
     """
-    cues = list(_CUE.finditer(prompt))
-    if cues and not prompt[cues[-1].end() :].strip():
-        end = cues[-1].start()
-        cues.pop()
-    else:
-        end = len(prompt)
-    return prompt[cues[-1].end() : end].strip() if cues else ""
+    end, given = len(prompt), ""
+    for start, stop in list(_cues(prompt))[:-3:-1]:
+        given = prompt[stop:end].lstrip("*").strip()
+        if given:
+            break
+        end = start
+    return given
+
+
+def _cues(text: str) -> Iterator[tuple[int, int]]:
+    """Where each cue at the start of a line or behind the end of a sentence begins, and where its colon ends."""
+    for match in _CUE.finditer(text):
+        lead, start = match[1], match.start()
+        if not start or (lead[0].isspace() and text[start - 1] in ".?!"):
+            yield start, match.end()
+        elif "\n" in lead:
+            yield start + lead.index("\n"), match.end()
 
 
 def skeleton(prompt: str) -> str:

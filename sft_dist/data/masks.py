@@ -13,7 +13,7 @@ What stands around an answer (its header and its stop tokens) is learned once fr
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ PLANES = (0xF0000, 0x100000)
 MARKS_PER_PLANE = 0x4000  # what is left of a plane is for tags and for names of control tokens
 PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 CLOSE_THINKING = "</think>"
+# Added tokens of this form are words that a row may use like any other, unless answers begin or end with them.
+WORD = re.compile(r"</?[\w-]+>")
+TOOLS = -1  # owner of the marks in the schemas of tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,20 @@ class Markers:
 
     generation_prompt: what `add_generation_prompt` adds.
     header: its beginning, as far as it also precedes the answers of earlier turns.
-    tails: what follows an answer, through its stop token. calls_stop: the token that ends a turn which calls tools.
-    stops: the tokens that end a turn.
+    tails: what follows an answer, through its stop token.
+    call_stop, calls_stop: the token that ends a turn which calls one tool, or several; None if there is none.
+    stops: the tokens that end a turn. frame: all added tokens that the template writes around turns.
+    writes_thinking: whether it writes the thinking of any turn.
     """
 
     generation_prompt: str
     header: str
     tails: tuple[str, ...]
-    stops: tuple[str, ...]
+    call_stop: str | None
     calls_stop: str | None
+    stops: tuple[str, ...]
+    frame: frozenset[str]
+    writes_thinking: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +82,7 @@ class SpanFinder:
         self.template = template
         self._added = any_of(added_tokens)
         self.markers = self._learn()
-        tails = any_of(self.markers.tails).pattern
-        self._tail = re.compile(rf"\s*(?:{tails})")
-        self._tail_at_end = re.compile(rf"\s*(?:{tails})\Z")
+        self._tail = re.compile(rf"\s*(?:{any_of(self.markers.tails).pattern})")
 
     def find(self, conversation: Conversation) -> Rendered:
         """Render and locate. Raises Refused where the template drops a turn or an answer cannot be delimited."""
@@ -86,7 +92,6 @@ class SpanFinder:
         text, places = marks.take_out(without_tags(marked))
         if text != plain:
             raise Refused("mask_not_verified", "the template renders the conversation differently when it is marked")
-        _check_tools(conversation, text)
         messages = conversation.messages
         turns = _turns(messages, marks.kinds, places)
         answers: list[Answer] = []
@@ -102,6 +107,12 @@ class SpanFinder:
             low = end
             if not messages[turn.index].train:
                 continue
+            if turn.dropped_reasoning and not self.markers.writes_thinking:
+                raise Refused(
+                    "thinking_dropped",
+                    f"turn {turn.index + 1} has thinking and the template writes none; take it out of the row, or give "
+                    "a template that writes it in data.chat_template",
+                )
             if turn.dropped_reasoning:
                 remarks.append(
                     Remark(
@@ -113,14 +124,12 @@ class SpanFinder:
             elif (answer := _inside_tags(Answer(start, end, turn.index), tags)) is not None:
                 answers.append(answer)
         if not answers:
-            cause = "thinking_dropped" if remarks else "mask_not_verified"
-            reason = (
-                "the template leaves out the thinking of every answer; take it out of the row, or give a template "
-                "that keeps it in data.chat_template"
-                if remarks
-                else "no answer stands inside the template's generation tags"
-            )
-            raise Refused(cause, reason)
+            if remarks:
+                raise Refused(
+                    "thinking_dropped",
+                    "the template leaves out the thinking of every trained turn; data.turns: each keeps it",
+                )
+            raise Refused("mask_not_verified", "no answer stands inside the template's generation tags")
         return Rendered(text, tuple(answers), tuple(remarks))
 
     def _rendered(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]] | None]:
@@ -138,11 +147,12 @@ class SpanFinder:
             self.template.fields(message, marks.of(index, message))
             for index, message in enumerate(conversation.messages)
         ]
-        return self.template.render(fields, conversation.tools)
+        return self.template.render(fields, [marks.of_tool(tool) for tool in conversation.tools])
 
     def words_of(self, span: str) -> str:
         """The text of a trained span without the stop token that ends it."""
-        return self._tail_at_end.sub("", span)
+        tail = next((tail for tail in self.markers.tails if span.endswith(tail)), "")
+        return span[: len(span) - len(tail)]
 
     # ------------------------------------------------------------ delimiting
 
@@ -188,7 +198,7 @@ class SpanFinder:
         if not turn.calls or turn.calls[-1] < turn.end:
             match = self._tail.match(text, turn.end)
             return match.end() if match else None
-        stop = self.markers.calls_stop
+        stop = self.markers.calls_stop if len(turn.calls) > 1 else self.markers.call_stop
         found = -1 if stop is None else text.find(stop, turn.calls[-1])
         return None if stop is None or found < 0 else found + len(stop)
 
@@ -196,7 +206,7 @@ class SpanFinder:
 
     def _learn(self) -> Markers:
         """Render probes and read off what surrounds answers. Raises ConfigError if nothing does."""
-        name, template = self.template.name, self.template
+        name = self.template.name
         ask, answer, mark = Message("user", "Probe question?"), Message("assistant", "Probe answer."), chr(PLANES[0])
         ended = Message("assistant", answer.content + mark)
         try:
@@ -214,13 +224,23 @@ class SpanFinder:
                 f"{name}: the chat template does not render each answer once; give another in data.chat_template"
             )
         header = min((_header_before(full, ask.content, answer.content, end, prompt) for end in ends), key=len)
-        header = min(header, self._header_before_thinking(ask, prompt) or header, key=len)
+        thinking_header = self._header_before_thinking(ask, prompt)
+        header = header if thinking_header is None else min(header, thinking_header, key=len)
         tails = self._tails(full[ends[0] + 1 :], full[ends[1] + 1 :])
         if not header.strip() or not all(tails):
             raise ConfigError(self._no_markers(header))
-        calls_stop = self._learn_calls_stop(ask) if template.form.calls else None
-        stops = [self._last_token(tail) for tail in tails] + [calls_stop] * bool(calls_stop)
-        return Markers(prompt, header, tuple(sorted(set(tails))), tuple(dict.fromkeys(filter(None, stops))), calls_stop)
+        (one, call_stop), (several, calls_stop) = self._learn_calls(ask, 1), self._learn_calls(ask, 2)
+        stops = [*(self._last_token(tail) for tail in tails), call_stop, calls_stop]
+        return Markers(
+            generation_prompt=prompt,
+            header=header,
+            tails=tuple(sorted(set(tails), key=lambda tail: (-len(tail), tail))),
+            call_stop=call_stop,
+            calls_stop=calls_stop,
+            stops=tuple(dict.fromkeys(filter(None, stops))),
+            frame=self._frame(prompted, full, one, several, essential=[header, *tails]),
+            writes_thinking=thinking_header is not None,
+        )
 
     def _probe(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = False
@@ -228,14 +248,24 @@ class SpanFinder:
         fields = [self.template.fields(message) for message in messages]
         return without_tags(self.template.render(fields, tools, add_generation_prompt=add_generation_prompt))
 
-    def _header_before_thinking(self, ask: Message, prompt: str) -> str:
-        """What is left of the header where the template writes thinking behind it; "" if it writes none."""
+    def _frame(self, *texts: str, essential: Sequence[str]) -> frozenset[str]:
+        """The added tokens in renders of probes, without words such as `<think>` that stand in no essential part."""
+        found = {token for text in texts for token in self._added.findall(text)}
+        needed = {token for text in essential for token in self._added.findall(text)}
+        return frozenset(
+            token for token in found if not WORD.fullmatch(token) or (token in needed and "think" not in token)
+        )
+
+    def _header_before_thinking(self, ask: Message, prompt: str) -> str | None:
+        """What is left of the header where the template writes thinking behind it; None if it writes none."""
         thought = "Probe thought."
         try:
             full = self._probe([ask, Message("assistant", "Probe answer.", reasoning=thought)])
         except Refused:
-            return ""
-        return _header_before(full, ask.content, thought, len(full), prompt) if full.count(thought) == 1 else ""
+            return None
+        if full.count(thought) != 1:
+            return None
+        return _header_before(full, ask.content, thought, len(full), prompt) or prompt
 
     def _tails(self, *after: str) -> list[str]:
         """What ends an answer, given what follows it in the middle and at the end of a conversation.
@@ -262,15 +292,16 @@ class SpanFinder:
     def _last_token(self, tail: str) -> str:
         return self._run_of_tokens(tail)[-1][0]
 
-    def _learn_calls_stop(self, ask: Message) -> str | None:
-        """The added token at the very end of a turn that calls a tool; None if there is none."""
-        call = Message("assistant", "", tool_calls=(PROBE_CALL,))
+    def _learn_calls(self, ask: Message, num_calls: int) -> tuple[str, str | None]:
+        """The render of a turn that calls tools, and the added token at its very end; None if there is none."""
+        if not self.template.form.calls:
+            return "", None
         try:
-            text = self._probe([ask, call], [PROBE_TOOL]).rstrip()
+            text = self._probe([ask, Message("assistant", "", tool_calls=(PROBE_CALL,) * num_calls)], [PROBE_TOOL])
         except Refused:
-            return None
-        match = re.search(rf"({self._added.pattern})\Z", text)
-        return match.group(1) if match else None
+            return "", None
+        match = re.search(rf"({self._added.pattern})\Z", text.rstrip())
+        return text, match.group(1) if match else None
 
     def _no_markers(self, header: str) -> str:
         if header.strip():
@@ -316,9 +347,16 @@ class _Marks:
         thinking, closed, words = text.rpartition(CLOSE_THINKING)
         if closed and thinking.rpartition("<think>")[2].strip():
             thinking = _append(thinking, self._take(turn, "reasoning"))
-        if words.strip():
+        if closed or words.strip():
             words = _append(words, self._take(turn, "content"))
         return thinking + closed + words
+
+    def of_tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
+        """A tool's schema with a mark in what it says about itself."""
+        function = dict(tool["function"])
+        key = "description" if isinstance(function.get("description"), str) and function["description"] else "name"
+        function[key] = _append(function[key], self._take(TOOLS, "content"))
+        return {**tool, "function": function}
 
     def _take(self, turn: int, kind: str) -> str:
         if len(self.kinds) == MARKS_PER_PLANE:
@@ -381,6 +419,10 @@ def _turns(messages: Sequence[Message], kinds: Sequence[tuple[int, str]], places
     """The turns of a text. Raises Refused if a text that is not the assistant's is left out."""
     turns = [_Turn(index) for index in range(len(messages))]
     for (owner, kind), found in zip(kinds, places, strict=True):
+        if owner == TOOLS:
+            if not found:
+                raise Refused("message_dropped", "the template leaves out the tools that the row offers")
+            continue
         turn, role = turns[owner], messages[owner].role
         if not found and role != "assistant":
             raise Refused("message_dropped", f"the template leaves out or rewrites turn {owner + 1} ({role})")
@@ -444,13 +486,6 @@ def _append(text: str, mark: str) -> str:
     """Put the mark before trailing white space: a template's `trim` must still see the white space."""
     body = text.rstrip()
     return body + mark + text[len(body) :]
-
-
-def _check_tools(conversation: Conversation, text: str) -> None:
-    """Raise Refused if a tool that the row offers is not in the text."""
-    for tool in conversation.tools:
-        if tool["function"]["name"] not in text:
-            raise Refused("message_dropped", f"the template leaves out the tool {tool['function']['name']!r}")
 
 
 def _check_arguments(message: Message, span: str, index: int) -> None:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from sft_dist.data.conversation import BadRow, Origin, RawRow
+from sft_dist.data.strict_json import list_keys, one_line
 from sft_dist.errors import DataError
 
 COMPRESSED = (".gz", ".zst")
 SUFFIXES = (*(kind + packed for kind in (".jsonl", ".json", ".csv") for packed in ("", *COMPRESSED)), ".parquet")
-MAX_LINE_BYTES = 256 * 2**20  # a "line" beyond this is a file without line breaks, which must not fill the memory
-MAX_RECORD_BYTES = (
-    64 * 2**20
-)  # of CSV, whose reader holds four bytes a character; an open quote takes in all that follows
+# A "line" or row of an array beyond this is a file without line breaks, which must not fill the memory.
+MAX_LINE_BYTES = 256 * 2**20
+# Of CSV, whose reader holds four bytes a character; an open quote takes in all that follows.
+MAX_RECORD_BYTES = 64 * 2**20
 BLOCK_BYTES = 256 * 2**10
 OnRead = Callable[[int], None]
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -91,7 +92,8 @@ class _Decompressed(io.RawIOBase):
         self._file = io.BufferedReader(file, BLOCK_BYTES)
         self._new: Callable[[], Any]
         self._error: type[Exception]
-        if suffix.endswith(".gz"):
+        self._is_gz = suffix.endswith(".gz")
+        if self._is_gz:
             self._new, self._error, self._step = lambda: zlib.decompressobj(wbits=31), zlib.error, 4096
         else:
             import zstandard  # only .zst files need it
@@ -99,6 +101,7 @@ class _Decompressed(io.RawIOBase):
             self._new, self._error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
             self._step = 256
         self._member: Any = None
+        self._padding = b""  # what may stand before the next member: NULs behind the first one in gz, as gzip has it
         self._rest = b""
         self._ready = memoryview(b"")
 
@@ -107,19 +110,24 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         while not self._ready:
-            block = self._rest or self._file.read(self._step)
+            block, self._rest = self._rest or self._file.read(self._step), b""
             if not block and self._member is None:
                 return 0
             if not block:
                 raise OSError("it ends in the middle")
-            self._member = self._member or self._new()
+            if self._member is None:
+                block = block.lstrip(self._padding)
+                if not block:
+                    continue
+                self._member = self._new()
             try:
                 self._ready = memoryview(self._member.decompress(block))
             except self._error as error:
                 raise OSError(str(error)) from None
-            self._rest = self._member.unused_data if self._member.eof else b""
             if self._member.eof:
+                self._rest = self._member.unused_data
                 self._member = None
+                self._padding = b"\0" if self._is_gz else b""
         count = min(len(target), len(self._ready))
         target[:count] = self._ready[:count]
         self._ready = self._ready[count:]
@@ -244,15 +252,15 @@ class _Window:
             if self.position < len(self.text) or not self._grow():
                 return self.text[self.position : self.position + 1]
 
-    def take(self) -> str:
+    def take(self) -> bytes:
         """The text of the JSON value that starts at the position, which moves behind it."""
         while True:
             is_whole = self._is_ended
             found = self._value_end()
             if isinstance(found, int):
-                if found - self.position > MAX_LINE_BYTES:
+                value = self.text[self.position : found].encode("utf-8")
+                if len(value) > MAX_LINE_BYTES:
                     raise self._too_long()
-                value = self.text[self.position : found]
                 self.position = found
                 return value
             line = self.line + self.text.count("\n", self.position, found.pos)
@@ -281,7 +289,7 @@ class _Window:
         Doubling keeps the parsing of a row that is longer than a block linear in its length.
         """
         line, rest = self.line, self.text[self.position :]
-        if len(rest) > MAX_LINE_BYTES:
+        if len(rest) > MAX_LINE_BYTES:  # characters, which are no more than its bytes
             raise self._too_long()
         parts, wanted = [rest], min(max(len(rest), BLOCK_BYTES), MAX_LINE_BYTES + 1 - len(rest))
         while wanted > 0 and not self._is_ended:
@@ -307,9 +315,8 @@ class _Window:
 _SPACE = re.compile(r"[ \t\r\n]*")
 _AFTER_WORD = re.compile(r"[ \t\r\n,\]]")
 _LONGEST_WORD = 16  # more than `-Infinity` or an escaped surrogate pair has
-_DECODER = json.JSONDecoder(
-    parse_int=str, parse_float=str
-)  # only where a value ends counts; int() refuses long numbers
+# Only where a value ends counts; int() refuses long numbers.
+_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def _array_rows(window: _Window) -> Iterator[RawRow]:
@@ -323,7 +330,7 @@ def _array_rows(window: _Window) -> Iterator[RawRow]:
     while separator != "]":
         window.peek()
         origin = Origin(name, window.line)
-        yield RawRow(origin, window.take().encode("utf-8"))
+        yield RawRow(origin, window.take())
         separator = window.peek()
         if separator not in (",", "]"):
             raise DataError(
@@ -430,9 +437,9 @@ def _parquet_rows(file: Path, name: str, columns: Sequence[str], on_read: OnRead
         names = table.schema_arrow.names
         wanted = [column for column in names if column in columns]
         if not wanted:
-            raise DataError(f"{name}: none of its columns {', '.join(names)} is one of {', '.join(columns)}")
+            raise DataError(f"{name}: none of its columns {list_keys(names)} is one of {', '.join(columns)}")
         if len(set(wanted)) < len(wanted):
-            raise DataError(f"{name}: two columns have the same name; its columns are {', '.join(names)}")
+            raise DataError(f"{name}: two columns have the same name; its columns are {list_keys(names)}")
         number = 0
         row_bytes = file.stat().st_size / max(1, table.metadata.num_rows)
         for batch in table.iter_batches(batch_size=512, columns=wanted, use_threads=False):
@@ -442,9 +449,9 @@ def _parquet_rows(file: Path, name: str, columns: Sequence[str], on_read: OnRead
                 number += 1
                 origin = Origin(name, number)
                 fault = BadRow(origin, "invalid_utf8", f"invalid UTF-8: {row}") if isinstance(row, str) else None
-                yield RawRow(origin, fault or _without_nulls(row))
+                yield RawRow(origin, fault or _without_nulls_at_any_depth(row))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{name}: cannot be read as Parquet: {' '.join(str(error).split())[:300]}") from None
+        raise DataError(f"{name}: cannot be read as Parquet: {one_line(str(error))}") from None
 
 
 def _batch_rows(batch: Any) -> list[Any]:
@@ -457,7 +464,8 @@ def _batch_rows(batch: Any) -> list[Any]:
     return [row for index in range(batch.num_rows) for row in _batch_rows(batch.slice(index, 1))]
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls_at_any_depth(value: Any) -> Any:
+    """Arrow gives all objects of a column the same keys; one that was absent cannot be told from one that was null."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls_at_any_depth(item) for key, item in value.items() if item is not None}
+    return [_without_nulls_at_any_depth(item) for item in value] if isinstance(value, list) else value

@@ -5,8 +5,8 @@
     alpaca              instruction, input?, output, history?: [[question, answer], ...]
     sharegpt            conversations: [{from, value}, ...]
 
-Every format may have `system` and `tools` beside these. `parse_row` never raises for bad data: it returns a `BadRow`
-that says where and why.
+Every format may have `system` and `tools` beside these, and `reasoning` where the answer is one text. `parse_row` never
+raises for bad data: it returns a `BadRow` that says where and why.
 """
 
 import math
@@ -20,45 +20,51 @@ from typing import Any
 from sft_dist.config import Source
 from sft_dist.data.conversation import BadRow, Conversation, Message, RawRow, Refused
 from sft_dist.data.files import iter_rows
-from sft_dist.data.strict_json import check_text, clip, kind_of, list_keys, parse_inner_json, parse_json, without_nulls
-from sft_dist.data.turns import ROW_FIELDS_REFUSED, parse_text, parse_tools, parse_turns, refuse_fields
+from sft_dist.data.row_fields import FORMAT_KEYS, REFUSED_FIELDS, WEIGHT_FIELDS
+from sft_dist.data.strict_json import (
+    check_text,
+    clip,
+    kind_of,
+    list_keys,
+    parse_inner_json,
+    parse_json,
+    without_null_fields,
+)
+from sft_dist.data.turns import find_reasoning, parse_text, parse_tools, parse_turns, refuse_fields
 from sft_dist.errors import DataError
 
-FORMAT_KEYS = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "sharegpt": ("conversations",),
-}
 NUM_ROWS_TO_DETECT = 100
-# Text columns whose cells hold JSON. A prompt or a completion may be any text, also one that begins with a bracket.
-JSON_CELLS = ("messages", "conversations", "history")
+# What is a list in JSON may be its text in a cell of a table, which CSV cannot write otherwise.
+JSON_CELLS = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("history",)}
+# A prompt or a completion may be any text, also one that begins with a bracket.
 TURNS_IN_CELL = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
 def detect_format(source: Source) -> str:
     """The format of a source: as the recipe says, or under `auto` the one that most of its first 100 rows have.
 
-    Raises DataError if there are no rows or none of them has the keys of a known format.
+    Raises DataError if there are no rows or none of them has the keys of a known format; it says which keys they have,
+    or what is wrong with the first of them.
     """
     if source.format != "auto":
         return source.format
     votes: Counter[str] = Counter()
     seen: list[str] = []
+    first_bad: BadRow | None = None
     for raw in islice(iter_rows(source), NUM_ROWS_TO_DETECT):
-        if isinstance(raw.data, BadRow):
-            continue
-        try:
-            row = _row_fields(raw.data)
-        except Refused:
+        row = _readable(raw)
+        if isinstance(row, BadRow):
+            first_bad = first_bad or row
             continue
         votes.update(_formats_of(row))
         seen += [key for key in row if key not in seen]
     if votes:
         return votes.most_common(1)[0][0]
     known = "; ".join(f"{name} ({', '.join(keys)})" for name, keys in FORMAT_KEYS.items())
-    keys = f"the first rows have the keys {', '.join(seen[:20])}" if seen else "there is no readable row"
-    raise DataError(f"{source.path}: no known row format: {keys}; expected {known}")
+    found = f"the first rows have the keys {list_keys(seen)}" if seen else "there is no readable row"
+    if first_bad is not None and not seen:
+        found += f": {first_bad}"
+    raise DataError(f"{source.path}: no known row format: {found}; expected {known}")
 
 
 def parse_row(
@@ -73,18 +79,19 @@ def parse_row(
         return row.data
     try:
         fields = _row_fields(row.data)
-        refuse_fields(fields, ROW_FIELDS_REFUSED, "the row")
+        refuse_fields(fields, REFUSED_FIELDS, "the row")
         _require_keys(fields, row_format)
-        is_text = not isinstance(row.data, bytes) and _is_text(fields)
-        if is_text:
-            fields = _parse_cells(fields)
-        messages = _PARSERS[row_format](fields)
+        is_table = isinstance(row.data, dict)
+        if is_table:
+            fields = _parse_cells(fields, row_format)
+        _check_weight(fields, is_table=is_table)
+        messages = _with_reasoning(_PARSERS[row_format](fields), fields, row_format)
         if "system" in fields:
             messages = _with_system(messages, fields["system"])
         _check_structure(messages)
         messages = _choose_trained(messages, turns=turns)
         tools = parse_tools(fields)
-        difficulty = None if difficulty_field is None else _difficulty(fields, difficulty_field, is_text=is_text)
+        difficulty = None if difficulty_field is None else _difficulty(fields, difficulty_field, is_table=is_table)
     except Refused as refused:
         return BadRow(row.origin, refused.cause, refused.reason)
     return Conversation(tuple(messages), row.origin, tools, difficulty)
@@ -97,7 +104,16 @@ def _row_fields(data: bytes | dict[str, Any]) -> dict[str, Any]:
     row = parse_json(data) if isinstance(data, bytes) else data
     if not isinstance(row, dict):
         raise Refused("bad_structure", f"a row is an object with named fields, this is {kind_of(row)}")
-    return without_nulls(row)
+    return without_null_fields(row)
+
+
+def _readable(raw: RawRow) -> dict[str, Any] | BadRow:
+    if isinstance(raw.data, BadRow):
+        return raw.data
+    try:
+        return _row_fields(raw.data)
+    except Refused as refused:
+        return BadRow(raw.origin, refused.cause, refused.reason)
 
 
 def _formats_of(row: Mapping[str, Any]) -> list[str]:
@@ -118,24 +134,39 @@ def _require_keys(row: Mapping[str, Any], row_format: str) -> None:
             )
 
 
-def _is_text(row: Mapping[str, Any]) -> bool:
-    """Whether all columns are text, as in a CSV file, so that lists and numbers can only be written as text."""
-    return all(isinstance(value, str) for value in row.values())
+def _parse_cells(row: dict[str, Any], row_format: str) -> dict[str, Any]:
+    """A row of CSV or Parquet with the JSON in its text cells parsed. `tools` may be JSON text in every row.
 
-
-def _parse_cells(row: Mapping[str, str]) -> dict[str, Any]:
-    """Text columns with the JSON of lists parsed. `tools` may be JSON text in every row and is parsed there."""
-    parsed: dict[str, Any] = dict(row)
-    for key in JSON_CELLS:
-        if row.get(key, "").lstrip().startswith("["):
-            parsed[key] = parse_inner_json(row[key], repr(key), expected="a list")
-    for key in FORMAT_KEYS["prompt_completion"]:
-        if TURNS_IN_CELL.match(row.get(key, "")):
-            parsed[key] = parse_inner_json(row[key], repr(key), expected="a list of turns")
+    Each cell is read by itself: what other columns hold must not change what it means.
+    """
+    parsed = dict(row)
+    for key in JSON_CELLS.get(row_format, ()):
+        text = row.get(key)
+        if isinstance(text, str) and text.lstrip().startswith("["):
+            parsed[key] = parse_inner_json(text, repr(key), expected="a list")
+    if row_format == "prompt_completion":
+        for key in FORMAT_KEYS[row_format]:
+            text = row[key]
+            if isinstance(text, str) and TURNS_IN_CELL.match(text):
+                parsed[key] = parse_inner_json(text, repr(key), expected="a list of turns")
     return parsed
 
 
-def _difficulty(row: Mapping[str, Any], field: str, *, is_text: bool) -> float:
+def _check_weight(row: Mapping[str, Any], *, is_table: bool) -> None:
+    """Refuse a weight of the whole row but 1, which says nothing. In tables it may be written as text."""
+    for key in WEIGHT_FIELDS:
+        if key not in row:
+            continue
+        value = row[key]
+        is_one = isinstance(value, (int, float)) and value == 1
+        if not is_one and not (is_table and isinstance(value, str) and value.casefold() in ("1", "1.0", "true")):
+            shown = clip(repr(value)) if isinstance(value, (str, bool, int, float)) else kind_of(value)
+            raise Refused(
+                "bad_weight", f"the row has {key}={shown}; weights are given per turn, or per source in the recipe"
+            )
+
+
+def _difficulty(row: Mapping[str, Any], field: str, *, is_table: bool) -> float:
     value: Any = row.get(field)
     if value is None:
         value = row
@@ -146,7 +177,7 @@ def _difficulty(row: Mapping[str, Any], field: str, *, is_text: bool) -> float:
     try:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # float() takes Python's 1_000 too.
-        is_number = is_number or (is_text and isinstance(value, str) and "_" not in value)
+        is_number = is_number or (is_table and isinstance(value, str) and "_" not in value)
         number = float(value) if is_number else math.nan
     except (ValueError, OverflowError):
         number = math.nan
@@ -210,6 +241,19 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
     "alpaca": _parse_alpaca,
     "sharegpt": _parse_sharegpt,
 }
+
+
+def _with_reasoning(messages: list[Message], row: Mapping[str, Any], row_format: str) -> list[Message]:
+    """The turns with the reasoning that a row has beside its answer, which must be one text and so is the last turn."""
+    key, value = find_reasoning(row, "the row")
+    if key is None:
+        return messages
+    if row_format != "alpaca" and not (row_format == "prompt_completion" and isinstance(row["completion"], str)):
+        raise Refused(
+            "unsupported_field",
+            f"the row has {key!r} beside a list of turns; give it to the turn whose reasoning it is",
+        )
+    return [*messages[:-1], replace(messages[-1], reasoning=check_text(value, repr(key)))]
 
 
 def _with_system(messages: list[Message], system: Any) -> list[Message]:

@@ -11,8 +11,9 @@ packing can change what a step computes.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,28 @@ class CostModel:
         backward (half of the full square), the body 6 FLOPs per parameter and token.
         """
         return cls(1.0, head_params / body_params, num_layers * attention_width / body_params)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "CostModel | None":
+        """From the fields of a config.json; None for what is not a plain dense decoder, such as a mixture of experts.
+
+        Matrices only: norms and biases are a thousandth of the weights. The embedding lookup costs nothing.
+        """
+        try:
+            if "num_experts" in config or "num_local_experts" in config:
+                return None
+            hidden, heads = config["hidden_size"], config["num_attention_heads"]
+            head_dim = config.get("head_dim") or hidden // heads
+            key_value = 2 * hidden * (config.get("num_key_value_heads") or heads) * head_dim
+            layer = 2 * hidden * heads * head_dim + key_value + 3 * hidden * config["intermediate_size"]
+            return cls.from_shape(
+                body_params=config["num_hidden_layers"] * layer,
+                head_params=config["vocab_size"] * hidden,
+                num_layers=config["num_hidden_layers"],
+                attention_width=heads * head_dim,
+            )
+        except (KeyError, TypeError, ZeroDivisionError):
+            return None
 
     def of(self, lengths: NDArray[np.integer], num_responses: NDArray[np.integer]) -> NDArray[np.float64]:
         """Cost of each document: `[n]` float64."""

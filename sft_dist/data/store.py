@@ -24,7 +24,7 @@ from sft_dist.data.chat import Example
 from sft_dist.data.conversation import Origin
 from sft_dist.errors import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX_ARRAYS = ("offsets", "num_responses", "prompt_hash", "difficulty", "origin_file", "origin_line")
 COMMITTED = "COMMITTED"
 

@@ -91,8 +91,8 @@ def check_json(value: Any, where: str) -> None:
             raise Refused("bad_structure", f"{where} holds {kind_of(item)}, which JSON does not have")
 
 
-def without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    """A key with null is a key that is absent: Arrow fills keys that other rows have with nulls."""
+def without_null_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row or turn but those that are null, which count as absent; nulls further inside stay."""
     if None not in fields.values():
         return fields
     return {key: value for key, value in fields.items() if value is not None}
@@ -115,5 +115,11 @@ def list_keys(fields: Iterable[str]) -> str:
     return clip(", ".join(map(repr, fields))) or "none"
 
 
+def one_line(text: str, limit: int = 300) -> str:
+    """The text of another library's error, for the middle of a line."""
+    return clip(" ".join(text.split()), limit)
+
+
 def clip(text: str, limit: int = 120) -> str:
+    """The text, cut to so many characters, the last of which then says that it was cut."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -18,7 +18,8 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sft_dist.data.conversation import Message, Refused, ToolCall
+from sft_dist.data.conversation import REASONING_KEYS, Message, Refused, ToolCall
+from sft_dist.data.strict_json import clip
 from sft_dist.errors import ConfigError
 
 FIXED_DATE = datetime(2024, 7, 26)
@@ -30,7 +31,6 @@ CHATML = (
 # Written by `{% generation %}` and `{% endgeneration %}`: private-use characters, taken out of every render.
 TAG_OPEN, TAG_CLOSE = "\U000ffff0", "\U000ffff1"
 DICT_ATTRIBUTES = frozenset(dir(dict))
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 PROBE_TOOL = {
     "type": "function",
     "function": {
@@ -90,7 +90,7 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise Refused(
-                "template_refused", f"the chat template refuses this conversation: {clip(str(error))}"
+                "template_refused", f"the chat template refuses this conversation: {quoted(str(error))}"
             ) from None
 
     def fields(self, message: Message, mark: Mark | None = None) -> dict[str, Any]:
@@ -156,9 +156,9 @@ def without_tags(text: str) -> str:
     return text.replace(TAG_OPEN, "").replace(TAG_CLOSE, "")
 
 
-def clip(text: str, limit: int = 80) -> str:
+def quoted(text: str, limit: int = 80) -> str:
     """The text in quotes, cut if it is long."""
-    return repr(text if len(text) <= limit else text[:limit] + "…")
+    return repr(clip(text, limit))
 
 
 class _Generation(jinja2.ext.Extension):

@@ -1,6 +1,7 @@
 """The files of a tokenizer: read from a directory or the hub, given ChatML where there is no template, written back."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import AddedToken, Tokenizer
 
+from sft_dist.data.strict_json import clip, kind_of, one_line
 from sft_dist.errors import ConfigError
 
 TOKENIZER_FILES = (
@@ -28,10 +30,17 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 def read_files(path: str | Path, revision: str | None) -> dict[str, bytes]:
+    """The files of a tokenizer by name, from a directory or the hub.
+
+    Raises ConfigError if there is no such place, no tokenizer.json in it, or a file that cannot be read.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = _download(str(path), revision)
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    try:
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
     if "tokenizer.json" not in files:
         raise ConfigError(
             f"{path}: no tokenizer.json, which model.path must hold; make one with "
@@ -46,13 +55,13 @@ def _download(path: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        cause = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"model.path={path!r}: neither a directory nor a hub model that can be fetched: {cause}"
+            f"model.path={path!r}: neither a directory nor a hub model that can be fetched: {one_line(str(error))}"
         ) from None
 
 
 def read_template(path: Path) -> str:
+    """The text of a Jinja file. Raises ConfigError if it cannot be read or is not UTF-8."""
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -60,20 +69,42 @@ def read_template(path: Path) -> str:
 
 
 def parse_tokenizer(files: Mapping[str, bytes], name: str) -> Tokenizer:
+    """The tokenizer of tokenizer.json. Raises ConfigError if that is none, or if a file that goes with it is broken."""
     try:
-        return Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-    except Exception as error:
-        raise ConfigError(f"{name}/tokenizer.json cannot be read: {error}") from None
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises Exception itself, and its panics are not even that
+        raise ConfigError(f"{name}/tokenizer.json cannot be read: {one_line(str(error))}") from None
+    ids = Counter(tokenizer.get_vocab(with_added_tokens=False).values())
+    if shared := [number for number, count in ids.items() if count > 1]:
+        raise ConfigError(f"{name}/tokenizer.json cannot be read: {ids[shared[0]]} tokens have the id {shared[0]}")
+    _check_copied(files, name)
+    return tokenizer
 
 
 def read_json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file, empty without the file. Raises ConfigError if it is not valid JSON, or no object."""
     try:
         found = json.loads(files.get(file, b"{}"))
-    except ValueError as error:
-        raise ConfigError(f"{name}/{file} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}/{file} is not valid JSON: {one_line(str(error))}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{name}/{file}: expected an object, got {type(found).__name__}")
+        raise ConfigError(f"{name}/{file}: expected an object, got {kind_of(found)}")
     return found
+
+
+def _check_copied(files: Mapping[str, bytes], name: str) -> None:
+    """Refuse files that nothing here reads, but that go into every checkpoint and may get tokens added."""
+    for file in ("vocab.json", "added_tokens.json"):
+        for token, number in read_json(files, file, name).items():
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise ConfigError(f"{name}/{file}: the id of {clip(repr(token))} is {clip(repr(number))}, no token id")
+    entries = read_json(files, "tokenizer_config.json", name).get("added_tokens_decoder", {})
+    if not isinstance(entries, dict):
+        raise ConfigError(
+            f"{name}/tokenizer_config.json: added_tokens_decoder is {kind_of(entries)}; expected an object"
+        )
 
 
 def special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
@@ -88,15 +119,42 @@ def special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) ->
 
 
 def own_template(files: Mapping[str, bytes], config: Mapping[str, Any], name: str) -> str | None:
-    """The template that comes with the tokenizer, in the order in which transformers looks for it."""
+    """The template that comes with the tokenizer, in the order in which transformers looks for it; None without one.
+
+    Raises ConfigError naming the file if what stands there is not a text, or a list of named texts.
+    """
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8")
-    for found in (read_json(files, "chat_template.json", name).get("chat_template"), config.get("chat_template")):
+        try:
+            return files["chat_template.jinja"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{name}/chat_template.jinja is not UTF-8 at byte {error.start}; convert it, or give data.chat_template"
+            ) from None
+    for file, fields in (
+        ("chat_template.json", read_json(files, "chat_template.json", name)),
+        ("tokenizer_config.json", config),
+    ):
+        found = fields.get("chat_template")
         if isinstance(found, list):
-            found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+            found = _default_template(found, f"{name}/{file}")
         if isinstance(found, str):
             return found
+        if found is not None:
+            raise ConfigError(
+                f"{name}/{file}: chat_template is {kind_of(found)}; expected a text, or a list of named templates"
+            )
     return None
+
+
+def _default_template(named: list[Any], where: str) -> str | None:
+    """The template called default in `[{"name": ..., "template": ...}, ...]`."""
+    for index, entry in enumerate(named):
+        if not (isinstance(entry, dict) and isinstance(entry.get("template"), str)):
+            raise ConfigError(
+                f"{where}: chat_template[{index}] has no text under 'template'; expected "
+                '{"name": ..., "template": ...}'
+            )
+    return next((entry["template"] for entry in named if entry.get("name") == "default"), None)
 
 
 def install_chatml(tokenizer: Tokenizer, specials: Mapping[str, str]) -> dict[str, str]:

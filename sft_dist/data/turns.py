@@ -7,7 +7,8 @@ changes nothing and is ignored. Everything here raises Refused.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sft_dist.data.conversation import Message, Refused, ToolCall
+from sft_dist.data.conversation import REASONING_KEYS, Message, Refused, ToolCall
+from sft_dist.data.row_fields import REFUSED_FIELDS
 from sft_dist.data.strict_json import (
     check_json,
     check_text,
@@ -15,7 +16,7 @@ from sft_dist.data.strict_json import (
     kind_of,
     list_keys,
     parse_inner_json,
-    without_nulls,
+    without_null_fields,
 )
 
 ROLES = {
@@ -37,10 +38,7 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "function": "tool",
 }
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# Refused because no message here can hold them: leaving them out would train something else than the row says.
-ROW_FIELDS_REFUSED = ("images", "image", "videos", "video", "audios", "audio")
-TURN_FIELDS_REFUSED = (*ROW_FIELDS_REFUSED, "files", "refusal", "tools", "functions")
+TURN_FIELDS_REFUSED = (*REFUSED_FIELDS, "files", "refusal", "tools", "functions")
 # Other projects' words for `train`, some of them with the opposite sense: refused even where they are false.
 TRAIN_SYNONYMS = ("loss", "loss_weight", "mask", "trainable", "training", "train_detail", "training_detail")
 
@@ -65,7 +63,7 @@ def _turn(turn: Any, where: str, *, is_sharegpt: bool, is_prompt: bool) -> Messa
             raise Refused("bad_structure", f"{where} has both 'from' and 'role'; keep one")
     if not isinstance(turn, dict):
         raise Refused("bad_structure", f"{where} is {kind_of(turn)}; expected an object with {role_key!r}")
-    turn = without_nulls(turn)
+    turn = without_null_fields(turn)
     if role_key not in turn:
         raise Refused("bad_structure", f"{where} has no {role_key!r}; its keys are {list_keys(turn)}")
     name = turn[role_key]
@@ -126,15 +124,23 @@ def _optional_text(fields: Mapping[str, Any], key: str, where: str) -> str | Non
 
 
 def _reasoning(turn: Mapping[str, Any], where: str, *, role: str) -> str | None:
-    given = {key: turn[key] for key in REASONING_KEYS if turn.get(key)}
-    if not given:
+    key, value = find_reasoning(turn, where)
+    if key is None:
         return None
-    key, value = next(iter(given.items()))
     if role != "assistant":
         raise Refused("bad_structure", f"{where} has {key!r}, but only assistant turns reason; this is {role}")
+    return check_text(value, f"{where}.{key}")
+
+
+def find_reasoning(fields: Mapping[str, Any], where: str) -> tuple[str | None, Any]:
+    """The key under which a row or turn says what the assistant thought, and its value; no key if it says nothing."""
+    given = {key: fields[key] for key in REASONING_KEYS if fields.get(key)}
+    if not given:
+        return None, None
+    key, value = next(iter(given.items()))
     if any(other != value for other in given.values()):
         raise Refused("bad_structure", f"{where} has different texts in {' and '.join(map(repr, given))}; keep one")
-    return check_text(value, f"{where}.{key}")
+    return key, value
 
 
 # ---------------------------------------------------------------- what trains
@@ -229,12 +235,12 @@ def _tool_call(call: Any, where: str) -> ToolCall:
     """`{"id"?, "type": "function", "function": {"name", "arguments"}}`, or what is in its function alone."""
     if not isinstance(call, dict):
         raise Refused("bad_structure", f"{where} is {kind_of(call)}; expected an object with 'name' and 'arguments'")
-    call = without_nulls(call)
+    call = without_null_fields(call)
     _require_function(call, where)
     function = call.get("function", call)
     if not isinstance(function, dict):
         raise Refused("bad_structure", f"{where}.function is {kind_of(function)}; expected an object with 'name'")
-    function = without_nulls(function)
+    function = without_null_fields(function)
     name = _function_name(function, where)
     if "arguments" not in function:
         raise Refused(

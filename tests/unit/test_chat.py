@@ -593,3 +593,46 @@ def test_truncation_and_padding_of_the_tokenizer_file_are_ignored(tmp_path: Path
     assert loaded.decode(example.input_ids.tolist()) == loaded.render(
         talk("What is 2 + 2?", "The answer is 4").messages
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("chat_template.jinja", b"{{ messages }}\xff", "is not UTF-8 at byte 14"),
+        ("chat_template.json", b'{"chat_template": [{"name": "default"}]}', "has no text under 'template'"),
+        ("tokenizer_config.json", b'{"chat_template": ["default"]}', "has no text under 'template'"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template is a number; expected a text"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "added_tokens_decoder is a list; expected an obje"),
+        ("tokenizer_config.json", b"[" * 10**5, "is not valid JSON"),
+        ("special_tokens_map.json", b"[]", "expected an object, got a list"),
+        ("added_tokens.json", b"{", "is not valid JSON"),
+        ("added_tokens.json", b"[1]", "expected an object, got a list"),
+        ("added_tokens.json", b'{"<x>": "7"}', "the id of '<x>' is '7', no token id"),
+        ("vocab.json", b"\xff", "is not valid JSON"),
+        ("vocab.json", b'{"a": 0, "b": -1}', "the id of 'b' is -1, no token id"),
+        ("tokenizer.json", b"\xff", "cannot be read"),
+    ],
+)
+def test_bad_files_of_a_tokenizer_are_named(tmp_path: Path, file: str, content: bytes, reason: str) -> None:
+    directory = write_tokenizer(tmp_path)
+    (directory / file).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        ChatTokenizer.load(directory)
+    assert str(caught.value).startswith(f"{directory}/{file}")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("vocab", [[], {"a": "0"}, {"a": 1.5}, {"a": 0, "b": 0, "ab": 1}, None])
+def test_a_vocabulary_that_is_none_is_named(tmp_path: Path, vocab: object) -> None:
+    """Two tokens of one id pass the library, or make it panic, which is no Exception in Python."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    fields = json.loads(tokenizer.to_str())
+    fields["model"]["vocab"] = vocab
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
+        ChatTokenizer.load(tmp_path)
+
+
+def test_a_template_by_the_name_of_default_is_used(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+    assert ChatTokenizer.load(write_tokenizer(tmp_path, chat_template=named)).template == CHATML

@@ -123,6 +123,13 @@ def test_other_tokenizers_go_the_librarys_way(change: Callable[[Tokenizer], obje
         assert ours.encode([text], [[]])[0].ids == tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def test_ids_beyond_the_vocabulary_have_no_text(pair: Pair) -> None:
+    """A model's embedding may have more rows than its tokenizer has tokens."""
+    ours, theirs = pair(QWEN)
+    ids = theirs.encode("yes").ids
+    assert ours.decode([[*ids, 10**6]]) == [theirs.decode([*ids, 10**6])] == ["yes"]
+
+
 @pytest.mark.parametrize("text", ["e\u0301", "\U00020000", "\u0378", "\U0010ffff", "\ua000"])
 def test_unusual_text_goes_the_librarys_way(pair: Pair, text: str) -> None:
     ours, _ = pair(QWEN)

@@ -21,7 +21,8 @@ import zstandard
 from sft_dist.config import Source
 from sft_dist.data import readers
 from sft_dist.data.conversation import BadRow, Conversation, Origin, RawRow
-from sft_dist.data.files import SUFFIXES, count_bytes, hash_source, iter_rows, list_files, source_names
+from sft_dist.data.files import count_bytes, hash_source, iter_rows, list_files, source_names
+from sft_dist.data.row_fields import ROW_FIELDS
 from sft_dist.data.rows import detect_format, parse_row
 from sft_dist.errors import DataError
 from tests.unit import hub_server
@@ -393,6 +394,23 @@ def test_files_that_are_not_compressed_as_named_are_refused(tmp_path: Path, kind
     assert error_of(file).startswith(f"{file}: cannot be decompressed after line 1: ")
 
 
+@pytest.mark.parametrize("num_nuls", [1, 4096, 10_000])
+def test_nuls_behind_a_member_of_a_gz_file_are_padding(tmp_path: Path, num_nuls: int) -> None:
+    """As on tapes, and as gzip reads it. Before the first member they are damage, and in zst everywhere."""
+    member, nuls, line = gzip.compress(f"{ROW}\n".encode()), bytes(num_nuls), f"{ROW}\n".encode()
+    file = tmp_path / "d.jsonl.gz"
+    for whole in (member + nuls, member + nuls + member, member + nuls + member + nuls):
+        file.write_bytes(whole)
+        assert b"".join(row.data for row in read(file)) == gzip.decompress(whole)  # type: ignore[misc]
+    cut_off = member + nuls + member[:9]
+    for damaged, num_lines in ((nuls + member, 0), (nuls, 0), (member + nuls + b"x", 1), (cut_off, 1)):
+        file.write_bytes(damaged)
+        assert error_of(file).startswith(f"{file}: cannot be decompressed after line {num_lines}: ")
+    file = tmp_path / "d.jsonl.zst"
+    file.write_bytes(PACKERS[".zst"](line) + nuls)
+    assert error_of(file).startswith(f"{file}: cannot be decompressed after line 1: ")
+
+
 def test_damaged_bytes_of_a_gz_file_are_found(tmp_path: Path) -> None:
     file = write(tmp_path / "d.jsonl.gz", *[ROW] * 100)
     whole = bytearray(file.read_bytes())
@@ -471,7 +489,62 @@ def test_damaged_or_foreign_parquet_is_named(tmp_path: Path) -> None:
     )
     file = tmp_path / "e.parquet"
     pa.parquet.write_table(pa.table({"text": ["a"]}), file)
-    assert "none of its columns text is one of messages" in error_of(file)
+    assert "none of its columns 'text' is one of messages" in error_of(file)
+
+
+FIELDS: dict[str, Any] = {
+    "messages": CHAT["messages"],
+    "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}],
+    "prompt": "hi",
+    "completion": "yes",
+    "instruction": "hi",
+    "output": "yes",
+    "input": "there",
+    "history": [["a", "b"]],
+    "system": "Be brief.",
+    "tools": [{"name": "add"}],
+    "functions": [{"name": "add"}],
+    "reasoning_content": "Hm.",
+    "reasoning": "Hm.",
+    "thinking": "Hm.",
+    "weight": 0.5,
+    "train": False,
+    "images": ["a.png"],
+    "image": {"bytes": b"x", "path": None},
+    "videos": ["a.mp4"],
+    "video": "a.mp4",
+    "audios": ["a.wav"],
+    "audio": "a.wav",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    ("keys", "row_format"),
+    [
+        (["messages"], "messages"),
+        (["prompt", "completion"], "prompt_completion"),
+        (["instruction", "output"], "alpaca"),
+        (["conversations"], "sharegpt"),
+    ],
+)
+def test_a_row_of_parquet_means_what_it_means_in_jsonl(
+    tmp_path: Path, field: str, keys: list[str], row_format: str
+) -> None:
+    row = {key: FIELDS[key] for key in (*keys, field)}
+    pa.parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "d.parquet")
+    write(tmp_path / "d.jsonl", json.dumps(row, default=repr))
+    results = [parse_row(read(tmp_path / name)[0], row_format) for name in ("d.parquet", "d.jsonl")]
+    one, other = (
+        (found.cause, found.reason) if isinstance(found, BadRow) else (found.messages, found.tools) for found in results
+    )
+    assert one == other
+    is_refused = field in ("weight", "train", "images", "image", "videos", "video", "audios", "audio")
+    assert isinstance(results[0], BadRow) or not is_refused
+
+
+def test_every_field_that_means_something_is_compared_between_parquet_and_jsonl() -> None:
+    assert set(FIELDS) == set(ROW_FIELDS)
 
 
 # ---------------------------------------------------------------- which files
@@ -529,6 +602,23 @@ def test_a_file_whose_name_is_a_pattern_is_a_file(tmp_path: Path) -> None:
     assert list_files(source(file)) == (file,)
 
 
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    for name, inside in (("file", b"a\xff.jsonl"), ("folder", b"b\xff/a.jsonl"), ("link", b"c\xff.jsonl")):
+        folder = tmp_path / name
+        file = folder / os.fsdecode(inside)
+        file.parent.mkdir(parents=True)
+        if folder.name == "link":
+            file.symlink_to(os.fsdecode(b"\xff"))
+        else:
+            file.write_text(ROW)
+        shown = os.fsencode(file).decode("utf-8", "backslashreplace")
+        for place in (folder, f"{folder}/**"):
+            assert error_of(place) == f"{shown}: its name is not UTF-8; rename it"
+    (tmp_path / "d.jsonl").symlink_to(os.fsdecode(b"\xff"))
+    for place in (tmp_path / "d.jsonl", f"{tmp_path}/*.jsonl"):
+        assert r"a link to \xff, which does not exist" in error_of(place)
+
+
 @pytest.mark.parametrize("name", ["absent.jsonl", "./absent", "a/b/c", "/absent/x", "absent.csv.gz", "a/b.PARQUET"])
 def test_absent_paths_are_not_taken_for_hub_ids(name: str) -> None:
     with pytest.raises(DataError, match="no such file"):
@@ -543,7 +633,7 @@ def test_unknown_kinds_and_empty_folders_are_refused(tmp_path: Path) -> None:
         list_files(source(tmp_path / "empty.jsonl"))
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in SUFFIXES if suffix != ".parquet"])
+@pytest.mark.parametrize("suffix", [suffix for suffix in readers.SUFFIXES if suffix != ".parquet"])
 def test_empty_files_have_no_rows(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"d{suffix}"
     file.write_bytes(b"")
@@ -603,6 +693,14 @@ def test_rows_above_the_limit_are_refused_with_their_line(
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", len(long) + 1)
     if kind != ".csv":
         assert len(read(file)) == 2
+
+
+def test_the_limit_of_an_array_row_is_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "d.json", '["a",', '"ééé"]')
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 8)
+    assert len(read(file)) == 2
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 7)
+    assert error_of(file) == f"{file}:2: a row of more than 7 bytes"
 
 
 MEMORY = """
@@ -822,10 +920,35 @@ def test_hub_data_moves_on_and_a_copy_is_read_offline(tmp_path: Path) -> None:
         (after,) = ask_hub(hub.url, tmp_path, asked)
         assert answers_of(after) == ["newest"]
         assert after["hash"] != before["hash"]
+        (offline,) = ask_hub(hub.url, tmp_path, asked, is_offline=True)
+        assert offline["rows"] == after["rows"]
     # The hub is gone. A commit cannot change, so its copy is used; a branch may have changed, so it is not, in silence.
     still, gone = ask_hub(hub.url, tmp_path, pinned, asked)
     assert (still["rows"], still["hash"]) == (before["rows"], before["hash"])
     assert "HF_HUB_OFFLINE=1 takes the version that was read here before" in gone["error"]
+
+
+def test_reading_again_what_is_there_writes_nothing(tmp_path: Path) -> None:
+    """The folder may be shared and not writable. Its owner may write even so, hence the comparison."""
+
+    def entries() -> dict[Path, tuple[int, int]]:
+        found = {path: path.stat() for path in tmp_path.rglob("*")}
+        return {path: (status.st_ino, status.st_mtime_ns) for path, status in found.items()}
+
+    asked = [("org/chat", "train", None), ("org/chat", "train", "v1")]
+    with hub_server.serve(repositories()) as hub:
+        before = ask_hub(hub.url, tmp_path, *asked)
+        written, modes = entries(), {path: path.stat().st_mode for path in (tmp_path, *tmp_path.rglob("*"))}
+        for path in modes:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        try:
+            after = ask_hub(hub.url, tmp_path, *asked)
+        finally:
+            for path, mode in modes.items():
+                path.chmod(mode)
+    assert entries() == written
+    assert [found["rows"] for found in after] == [found["rows"] for found in before]
+    assert answers_of(after[1]) == ["old"]
 
 
 def test_hub_errors_say_what_is_there(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The tree read downwards is the import order, and what is above the torch line never loads torch."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -15,10 +16,11 @@ PACKAGE = ROOT / "sft_dist"
 ORDER = """
 errors config console package_files quiet world
 demo.formulas demo.templates demo.dataset demo.model
-data.conversation data.readers data.hub data.files data.strict_json data.turns data.rows
+data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
 data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
 data.store data.build data.prepare
 data.draws data.schedule data.steps
+data.shown
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
 -- torch below this line
@@ -124,3 +126,19 @@ def test_help_is_instant() -> None:
         )
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.7
+
+
+def test_the_tree_in_the_readme_is_in_the_order_of_the_imports() -> None:
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("\nsft_dist/\n") : text.index("\ntests/")]
+    named = [name.removesuffix(".py").replace("/", ".") for name in re.findall(r"(?:[a-z]+/)?[a-z_]+\.py", tree)]
+    places = [MODULES.index(name) for name in named if name in MODULES]
+    assert places == sorted(places), [MODULES[place] for place in places]
+    folders = tuple(f"{folder}." for folder in re.findall(r"^  ([a-z]+)/ ", tree, re.M))
+    patterns = tuple(re.findall(r"([a-z]+/[a-z]+)\*\.py", tree))
+    left_out = {
+        name
+        for name in MODULES
+        if name not in named and not name.startswith((*folders, *(pattern.replace("/", ".") for pattern in patterns)))
+    }
+    assert not left_out

@@ -4,26 +4,33 @@ import io
 import json
 import random
 import re
+import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 
 from sft_dist.cli import main
 from sft_dist.config import Source
-from sft_dist.data.conversation import Conversation, Message, Origin, ToolCall
+from sft_dist.data.conversation import Conversation, Message, Origin, ToolCall, prompt_hash
+from sft_dist.data.draws import hold_out
 from sft_dist.data.lint import SEVERITIES, LintReport, lint
 from sft_dist.data.lint_near import NearDuplicates, shingles
-from sft_dist.data.lint_report import print_report
+from sft_dist.data.lint_report import print_report, to_json
 from sft_dist.data.lint_row import RULES as ROW_RULES
 from sft_dist.data.lint_row import lint_conversation
 from sft_dist.data.lint_set import RULES as SET_RULES
-from sft_dist.data.lint_table import how_cut
+from sft_dist.data.lint_table import features, how_cut
 from sft_dist.data.lint_text import answer_given, has_trailing_cue, language, response_shape, skeleton
+from sft_dist.data.shown import safe
 from sft_dist.demo.dataset import generate_examples, messages_row
-from sft_dist.errors import DataError
+from sft_dist.errors import ConfigError, DataError
 
 DOCS = Path(__file__).parents[2] / "docs" / "lint.md"
 REPEATED = "a long text of many words, and then of many more, which is longer than a name or an option"
@@ -51,13 +58,15 @@ def rules_of(conversation: Conversation) -> list[str]:
     return [finding.rule for finding in lint_conversation(conversation)]
 
 
-def linted(path: Path, rows: Iterable[object], *, held_out: Iterable[object] = (), keep: int = 100) -> LintReport:
+def linted(
+    path: Path, rows: Iterable[object], *, held_out: Iterable[object] = (), keep: int = 100, **settings: Any
+) -> LintReport:
     def written(name: str, rows: list[object]) -> list[Source]:
         file = path / name
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [Source(path=str(file))] if rows else []
 
-    return lint(written("data.jsonl", list(rows)), written("held_out.jsonl", list(held_out)), keep=keep)
+    return lint(written("data.jsonl", list(rows)), written("held_out.jsonl", list(held_out)), keep=keep, **settings)
 
 
 def lines(report: LintReport, rule: str) -> list[int]:
@@ -81,7 +90,6 @@ def plain_rows(num: int, *, seed: int = 0, num_words: int = 30) -> list[dict[str
 
 FOUND = [
     ("system_not_first", chat(("user", "a"), ("system", "late"), ("assistant", "b"))),
-    ("empty_turn", chat(("user", "a"), ("assistant", " \n"))),
     ("answer_in_prompt", asked("Weight 70 kg.\nAnswer: 64 mL/min", "64 mL/min")),
     ("answer_in_prompt", asked("Weight 70 kg.\nAnswer: 64 mL/min\nAnswer:", "64 mL/min")),
     ("answer_in_prompt", asked("Which one is it? Answer: B", "B")),
@@ -96,6 +104,10 @@ FOUND = [
     ("forged_control_token", asked("a", "<start_of_turn>b")),
     ("forged_control_token", asked("[INST] a [/INST]", "b")),
     ("forged_control_token", asked("a", "b</s>")),
+    ("forged_control_token", asked("<s>a", "<s>b</s>")),
+    ("forged_control_token", asked("a", "<s>[INST] b</s>")),
+    ("forged_control_token", asked("a", "`x` <eos> `y`")),
+    ("invisible_characters", asked("\u200e", "b")),
     ("invisible_characters", asked("zero\u200bwidth", "b")),
     ("invisible_characters", asked("a", "\u202eb")),
     ("invisible_characters", asked("soft\u00adhyphen", "b")),
@@ -122,6 +134,9 @@ FINE = [
     asked("Is the patient well? The note says yes", "yes"),
     asked("Repeat: cat", "cat"),
     asked("Write 5 < 6 and a<b>c</b>, <sup>2</sup> and x|y", "array[INSTANCE] <string> | <s3>"),
+    asked("It was <s>free</s> of charge", "<s>ten</s> <s>nine</s> eight"),
+    asked("What is `<eos>`?", "It ends a text, as in\n```\n<bos>text<eos>\n```"),
+    asked("\u200eשלום\u200e abc\u200f", "שלום"),
     asked("Grüße an São Paulo, NÃO, Â, 20 °C, naïve “quoted” – €5", "Überraschung, bien sûr"),
     asked("family 👩‍👩‍👧 and क्‍ष and می‌خواهم", "ok 👍🏽"),  # joiners that belong to the spelling
     chat(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
@@ -190,6 +205,9 @@ def test_answer_shapes(response: str, shape: str) -> None:
         ("Rewrite the following sentence:", False),
         ("What?", False),
         ("Answer: B", False),
+        ("Answer: B\n## **Final answer:", True),
+        ("Answer:** \nAnswer:", True),
+        ("This is the answer:", False),
         ("Fill in.\nThe name of the first president of the country was:", False),
     ],
 )
@@ -201,6 +219,9 @@ def test_an_open_cue_gives_nothing_away() -> None:
     assert answer_given("Question: x\nAnswer:") == ""
     assert answer_given("no cue") == ""
     assert answer_given("Answer: 4\nAnswer:") == "4"
+    assert answer_given("**Answer:** **B**\n\n**Answer:") == "**B**"
+    assert answer_given("Answer:  \nAnswer: B") == "B"
+    assert answer_given("Answer: 1\nAnswer:\nAnswer:") == ""
 
 
 def test_a_skeleton_is_what_prompts_of_one_template_share() -> None:
@@ -251,6 +272,13 @@ LONG = "This is a sentence of a response, which goes on and on without an end in
         ("Short and without a full stop", False),
         ("```python\nprint(1)\n", True),
         ("```python\nprint(1)\n```", False),
+        ("Here is code: ```c\nint x;\n```", False),
+        ("Here is code: ```c int x;\nint y;\n```\nDone.", False),
+        ("Here is code: ```c\nint x;", True),
+        ("One.\n```\n1\n```\nTwo.\n```js", True),
+        ("````md\n```py\n1\n```\n````", False),
+        ("Wrap it in ``` if you can.", False),
+        ("Wrap it in ``` like this:\n```\n1\n```", False),
         ('{"age": 58, "conditions": ["a"', True),
         ('{"age": 58, "brace": "{"}', False),
         ("[see the note", False),
@@ -278,6 +306,86 @@ def test_six_templates_with_a_system_prompt_each_give_notes_only(tmp_path: Path)
     assert set(report.results) == {"system_differs", "answer_shapes"}
     assert report.results["system_differs"].first[0].detail == "6 different system prompts"
     assert "json" in report.results["answer_shapes"].first[0].detail
+
+
+HOSTILE = [
+    *(
+        " ",
+        "\n",
+        "\t",
+        "#",
+        "\n# ",
+        "*",
+        "* ",
+        "1",
+        "1 ",
+        "1.",
+        '"',
+        '"a',
+        "“",
+        "“a",
+        "`",
+        "`a",
+        "```",
+        "```a ",
+        "```\n",
+    ),
+    *("[", "[ ", "{", '{"', "(", ":", "\nx:\n", "a", "a ", "\na ", "answer", "answer ", "answer:", "\nAnswer:", "the "),
+    *("the\n", ". #", "\nA.", "\n(A) ", "<", "<|a", "<s>", "<s>a", "</s>", "<｜a", "\u200e", "\u200d", "\ufffd", "Ã"),
+]
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_no_text_takes_long(unit: str) -> None:
+    """All rules over one row, and all that is kept of it, take far less than the bounds.
+
+    The short texts come first: what takes the square of the length fails there, and not after minutes.
+    """
+    for num_chars, bound_s in ((10_000, 1), (100_000, 5)):
+        started = time.process_time()
+        for start, end in (("Text:\n", ""), ("Text:\n", ":"), ("A. ", "\nx"), ("the ", "\nA.\n")):
+            text = start + (unit * num_chars)[:num_chars] + end
+            for conversation in (asked(text, text), asked(text + REPEATED, REPEATED), asked("a", text)):
+                list(lint_conversation(conversation))
+                features(conversation)
+                assert time.process_time() - started < bound_s
+            shingles(text)
+        assert time.process_time() - started < bound_s
+
+
+def test_a_word_is_missing_from_a_turn_of_whatever_format(tmp_path: Path) -> None:
+    file = tmp_path / "d.csv"
+    file.write_text("instruction,output\nWhy?,So.\n ,So.\nWho?, \n")
+    report = lint([Source(path=str(file))])
+    assert lines(report, "empty_turn") == [3, 4]
+    assert "(user) is empty" in report.results["empty_turn"].first[0].detail
+    rows = [{"prompt": "a", "completion": "\n\u2003"}, {"prompt": "a", "completion": "b"}]
+    assert lines(linted(tmp_path, rows), "empty_turn") == [1]
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "now", "arguments": {}}}]}
+    turns = [{"role": "user", "content": "a"}, calling, {"role": "tool", "content": ""}]
+    assert "empty_turn" not in linted(tmp_path, [{"messages": turns}]).results
+
+
+def test_rows_are_read_by_the_settings_of_the_recipe(tmp_path: Path) -> None:
+    """What preparation refuses because of data.turns or data.order is bad here; nothing sorts held-out rows."""
+    rows = [row | {"meta": {"level": index}} for index, row in enumerate(plain_rows(4))]
+    del rows[2]["meta"]["level"]
+    rows[3]["messages"] += [
+        {"role": "user", "content": "Go on."},
+        {"role": "assistant", "content": "No.", "train": False},
+    ]
+    held_out = plain_rows(2, seed=1)
+    assert linted(tmp_path, rows, held_out=held_out).results == {}
+    report = linted(tmp_path, rows, held_out=held_out, turns="last", difficulty_field="meta.level")
+    assert lines(report, "bad_row") == [3, 4]
+    assert "meta.level" in report.results["bad_row"].first[0].detail
+    assert "data.turns is last" in report.results["bad_row"].first[1].detail
+
+
+def test_the_field_that_sorts_is_read_from_parquet_too(tmp_path: Path) -> None:
+    file = tmp_path / "d.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist([row | {"level": 2} for row in plain_rows(3)]), file)
+    assert lint([Source(path=str(file))], difficulty_field="level").results == {}
 
 
 def test_bad_rows_and_empty_turns_carry_their_reason(tmp_path: Path) -> None:
@@ -362,6 +470,9 @@ def test_duplicates_and_conflicting_answers_name_the_first_row(tmp_path: Path) -
     ]
     report = linted(tmp_path, rows)
     assert lines(report, "duplicate") == [7]
+    rows[-1]["tools"] = [{"type": "function", "function": {"name": "now"}}]
+    rows[-1]["messages"][0]["content"] = SYSTEM  # other tools may answer otherwise too
+    assert linted(tmp_path, rows).results.keys() == report.results.keys() - {"system_differs"}
     assert lines(report, "duplicate_prompt_different_answer") == [8, 10]
     assert (
         report.results["duplicate_prompt_different_answer"]
@@ -389,6 +500,15 @@ def test_the_longest_of_several_responses_counts(tmp_path: Path) -> None:
     long["messages"][2:2] = middle
     report = linted(tmp_path, [*plain_rows(60), long])
     assert "a response of" in " ".join(finding.detail for finding in report.results["length_outlier"].first)
+
+
+def test_a_row_with_two_outlying_lengths_is_named_once(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    report = linted(tmp_path, [*plain_rows(60), row(sentence(rng, 3000) + "\nAnswer:", sentence(rng, 3000))])
+    assert lines(report, "length_outlier") == [61]
+    detail = report.results["length_outlier"].first[0].detail
+    assert "a prompt of" in detail
+    assert "a response of" in detail
 
 
 def test_at_most_twenty_outliers_are_listed_the_longest_first(tmp_path: Path) -> None:
@@ -460,6 +580,89 @@ def test_held_out_prompts_that_are_trained_on_are_errors_and_similar_rows_warnin
     assert "near_duplicate" not in report.results
 
 
+def test_the_same_prompt_is_what_data_held_out_share_and_the_banner_take_it_for(tmp_path: Path) -> None:
+    """Against `prompt_hash`, which both go by, over conversations that differ in one thing each."""
+    asks = [("user", "One  two?"), ("assistant", "Yes."), ("user", "Three?"), ("assistant", "No.")]
+    variants = {
+        "case and space": [("user", "one two? "), *asks[1:]],
+        "system": [("system", "Be brief."), *asks],
+        "last answer": [*asks[:3], ("assistant", "Why not.")],
+        "earlier answer": [asks[0], ("assistant", "Maybe."), *asks[2:]],
+        "fewer turns": asks[:2],
+        "more turns": [*asks, ("user", "Four?"), ("assistant", "So.")],
+        "punctuation": [("user", "One two"), *asks[1:]],
+        "joined": [("user", "One two? Yes. Three?"), asks[3]],
+    }
+
+    def as_row(turns: list[tuple[str, str]]) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+    same = {name for name, turns in variants.items() if prompt_hash(chat(*turns)) == prompt_hash(chat(*asks))}
+    report = linted(tmp_path, [as_row(asks)], held_out=map(as_row, variants.values()))
+    assert {list(variants)[line - 1] for line in lines(report, "leakage")} == same
+    assert same == {"case and space", "system", "last answer"}
+    # Among training rows the system prompt is part of what is asked.
+    rows = map(as_row, [asks, *variants.values()])
+    assert lines(linted(tmp_path, rows), "duplicate_prompt_different_answer") == [
+        1 + 1 + list(variants).index("last answer")
+    ]
+
+
+def test_near_duplicates_across_the_split_of_one_file_are_leakage(tmp_path: Path) -> None:
+    """The sides are those that training will have, whichever of the two rows comes first."""
+    rows = plain_rows(40, num_words=80)
+    for each in rows[:20]:
+        system, user, answer = changed_at_end(each)["messages"]
+        rows.append({"messages": [system, {**user, "content": "Look: " + user["content"]}, answer]})
+    questions = [chat(*((turn["role"], turn["content"]) for turn in row["messages"])) for row in rows]
+    is_held_out = hold_out(np.array([prompt_hash(each) for each in questions], dtype=np.uint64), share=0.4, seed=5)
+    pairs = [(index, index + 40) for index in range(20)]
+    leaks = {
+        held for pair in pairs for held, other in (pair, pair[::-1]) if is_held_out[held] and not is_held_out[other]
+    }
+    report = linted(tmp_path, rows, held_out_share=0.4, held_out_seed=5)
+    assert {line - 1 for line in lines(report, "near_leakage")} == leaks
+    assert min(leaks) < 20 < 40 < max(leaks)
+    trained = [second for first, second in pairs if not is_held_out[first] and not is_held_out[second]]
+    assert [line - 1 for line in lines(report, "near_duplicate")] == trained
+    assert report.held_out_rows == is_held_out.sum()
+    assert report.share("near_leakage") == len(leaks) / is_held_out.sum()
+    assert report.share("near_duplicate") == len(trained) / 60
+    assert "leakage" not in report.results
+    with pytest.raises(ConfigError, match=r"data\.held_out_share=0\.0001 holds out 0 of 60"):
+        linted(tmp_path, rows, held_out_share=0.0001)
+    assert "bad_row" in linted(tmp_path, [{"messages": 3}], held_out_share=0.5).results
+
+
+@pytest.mark.parametrize("num_rows", [2, 1000])
+def test_a_full_disk_names_the_folder_and_how_to_name_another(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    """Few rows meet it when the buffer is flushed at the end, many while they are added."""
+
+    def on_a_full_disk(**_: Any) -> IO[bytes]:
+        return open("/dev/full", "r+b")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", on_a_full_disk)
+    text = sentence(random.Random(0), 50)
+
+    def fill() -> None:
+        with NearDuplicates() as near:
+            for _ in range(num_rows):
+                near.add(text)
+            list(near.pairs(np.zeros(num_rows, dtype=np.bool_)))
+
+    with pytest.raises(DataError, match=rf"^{re.escape(tempfile.gettempdir())}: .*No space left.* TMPDIR"):
+        fill()
+
+
+def test_a_machine_without_a_temporary_folder_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_usable() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none_usable)
+    with pytest.raises(DataError, match=r"No usable temporary directory .* TMPDIR"):
+        NearDuplicates()
+
+
 def test_near_duplicates_are_named_and_exact_ones_are_not_named_again(tmp_path: Path) -> None:
     rows = plain_rows(40, num_words=80)
     rows += [changed_at_end(rows[3]), rows[5]]
@@ -504,8 +707,8 @@ def test_near_duplicates_are_those_of_exact_comparison() -> None:
     with NearDuplicates() as near:
         for words in texts:
             near.add(" ".join(words))
-        pairs = list(near.pairs(num_train=400))
-        again = list(near.pairs(num_train=400))
+        pairs = list(near.pairs(np.zeros(400, dtype=np.bool_)))
+        again = list(near.pairs(np.zeros(400, dtype=np.bool_)))
     assert pairs == again
     assert 40 < len(expected) < 100
     assert {pair.second for pair in pairs} <= expected
@@ -571,9 +774,55 @@ def test_json_holds_counts_and_places(tmp_path: Path, capsys: pytest.CaptureFixt
     report = json.loads(capsys.readouterr().out)
     assert (report["rows"], report["held_out_rows"], report["clean"]) == (20, 8, False)
     (leaked,) = report["rules"]
-    assert (leaked["rule"], leaked["severity"], leaked["count"], leaked["share"]) == ("leakage", "error", 8, 0.4)
+    assert (leaked["rule"], leaked["severity"], leaked["count"]) == ("leakage", "error", 8)
+    assert (leaked["rows"], leaked["share"]) == (8, 1.0)
     assert leaked["findings"][0] == {"path": held_out, "line": 1, "detail": f"its prompt is trained on at {train}:1"}
     assert len(leaked["findings"]) == 8
+
+
+def test_shares_are_of_rows_of_the_side_that_a_rule_is_about(tmp_path: Path) -> None:
+    train, unlike = plain_rows(10), plain_rows(30, seed=1)
+    train[3]["messages"][1:1] = [{"role": "user", "content": "</s>"}, {"role": "assistant", "content": "Odd </s>."}]
+    report = linted(tmp_path, [*train, train[0], {"a": 1}], held_out=[train[0], *unlike, {"messages": 3}, row("a", "")])
+    counts = {rule: (result.count, result.num_rows) for rule, result in report.results.items()}
+    assert counts == {
+        "bad_row": (2, 2), "empty_turn": (1, 1), "leakage": (1, 1), "duplicate": (1, 1), "forged_control_token": (2, 1)
+    }  # fmt: skip
+    shares = {rule: report.share(rule) for rule in report.results}
+    assert shares == {
+        "bad_row": 2 / 45, "empty_turn": 1 / 45, "leakage": 1 / 33, "duplicate": 1 / 12, "forged_control_token": 1 / 12
+    }  # fmt: skip
+    report = linted(tmp_path, [row("Why?", "So.", system=None)], keep=0)
+    assert report.share("no_system") is None
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_the_share_does_not_depend_on_how_many_places_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: int
+) -> None:
+    assert main(["lint", write(tmp_path / "d.jsonl", [*plain_rows(3), *plain_rows(1)]), "--show", str(keep)]) == 0
+    assert re.search(r"duplicate +warning +1 +25.0%", capsys.readouterr().out)
+
+
+def test_a_recipe_says_how_rows_are_read_and_what_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "d.jsonl", [row | {"level": 1} for row in plain_rows(30)] + plain_rows(1, seed=1))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"run: {{name: a}}\nmodel: {{path: nowhere}}\nbatch: {{examples: 1}}\noptim: {{lr: 1e-3}}\n"
+        f"data: {{train: {data}, order: 'field:level', held_out_share: 0.5}}\n"
+    )
+    assert main(["lint", str(recipe), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 5 < report["held_out_rows"] < 25
+    (bad,) = report["rules"]
+    assert (bad["rule"], bad["findings"][0]["line"]) == ("bad_row", 31)
+    assert main(["lint", str(recipe), "--json", "data.held_out_seed=1"]) == 0
+    assert json.loads(capsys.readouterr().out)["held_out_rows"] != report["held_out_rows"]
+    assert main(["lint", str(recipe), "--held-out", data]) == 2
+    assert "stands beside data.held_out_share=0.5" in capsys.readouterr().err
+    assert main(["lint", str(recipe), "data.held_out_share=0", "--held-out", data]) == 0
 
 
 def test_a_recipe_names_both_sides_and_takes_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -613,3 +862,15 @@ def test_a_row_cannot_steer_the_terminal_or_the_markup(tmp_path: Path) -> None:
     assert "\x1b" not in stream.getvalue()
     assert "\u202e" not in stream.getvalue()
     assert "[bold]b[/bold]" in stream.getvalue()
+    printed = to_json(report)
+    assert printed.isprintable() or not set("\x1b\u202e\x9b") & set(printed)
+    assert evil in "".join(each["detail"] for rule in json.loads(printed)["rules"] for each in rule["findings"])
+
+
+def test_what_is_made_safe_stays_readable() -> None:
+    kept = "👩\u200d👩\u200d👧 می\u200cخواهم 10\u00a0%, é, \ufe0f"
+    assert safe(kept) == kept
+    assert safe("a\nb") == "a b"
+    steering = "\x1b[2J \x9b \r \x7f \u202e \u2066 \u200f \u061c \u2028 \u2029 \ud800 \udfff"
+    assert safe(steering).encode().isascii()
+    assert safe("\x1b\ud800") == "\\x1b\\xd800"

@@ -1,6 +1,8 @@
 """Rows to conversations: every format gives exactly its turns, and every refused row says what to mend."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_dist.config import Source
-from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, RawRow, ToolCall
+from sft_dist.data.conversation import (
+    REASONING_KEYS,
+    BadRow,
+    Conversation,
+    Message,
+    Origin,
+    RawRow,
+    ToolCall,
+)
 from sft_dist.data.rows import detect_format, parse_row
+from sft_dist.data.strict_json import clip, one_line
 from sft_dist.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -112,8 +123,21 @@ def test_rows_of_another_format_are_refused_and_say_which_they_look_like() -> No
 
 
 def test_unknown_format_names_the_keys_that_were_found(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"keys question, answer; expected messages .*prompt_completion \(prompt, comp"):
-        detect_format(write_rows(tmp_path / "d.jsonl", {"question": "a", "answer": "b"}))
+    known = r"expected messages .*prompt_completion \(prompt, comp"
+    with pytest.raises(DataError, match=rf"keys 'question', '\\x1b\[31m'; {known}") as caught:
+        detect_format(write_rows(tmp_path / "d.jsonl", {"question": "a", "\x1b[31m": "b"}))
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_file_without_a_readable_row_says_what_is_wrong_with_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(b'\n{"messages": \xff}\n[1]\n')
+    with pytest.raises(DataError, match=rf"no readable row: {re.escape(str(file))}:2: invalid UTF-8 at byte 13"):
+        detect_format(Source(path=str(file)))
+    file = tmp_path / "d.csv"
+    file.write_text("instruction,output\na,b,c\n")
+    with pytest.raises(DataError, match=r"d\.csv:2: 3 cells under a header of 2"):
+        detect_format(Source(path=str(file)))
 
 
 def test_rows_that_were_refused_while_reading_stay_refused() -> None:
@@ -196,11 +220,47 @@ def test_rows_without_tools_offer_none(tools: Any) -> None:
     assert accepted(parse(CHAT | {"tools": tools})).tools == ()
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("key", REASONING_KEYS)
 def test_reasoning_is_kept_apart_from_the_answer(key: str) -> None:
     assert accepted(parse(answer(**{key: "Hm."}))).messages[1] == Message("assistant", "yes", True, reasoning="Hm.")
     assert accepted(parse(answer(**{key: ""}))).messages == EXPECTED
     assert accepted(parse(answer(**{"reasoning": "Hm.", key: "Hm."}))).messages[1].reasoning == "Hm."
+
+
+@pytest.mark.parametrize("key", REASONING_KEYS)
+@pytest.mark.parametrize(
+    ("row", "row_format"),
+    [
+        ({"prompt": "hi", "completion": "yes"}, "prompt_completion"),
+        ({"prompt": [USER], "completion": "yes"}, "prompt_completion"),
+        ({"instruction": "hi", "output": "yes"}, "alpaca"),
+    ],
+)
+def test_reasoning_beside_one_text_is_that_of_the_answer(key: str, row: dict[str, Any], row_format: str) -> None:
+    expected = (EXPECTED[0], replace(EXPECTED[1], reasoning="Hm."))
+    for read_row in (parse, parse_columns):
+        assert accepted(read_row(row | {key: "Hm."}, row_format)).messages == expected
+        assert accepted(read_row(row | {key: "Hm.", "thinking": "Hm."}, row_format)).messages == expected
+        assert accepted(read_row(row | {key: ""}, row_format)).messages == EXPECTED
+        check_refused(read_row(row | {key: True}, row_format), "bad_structure", f"'{key}' is a boolean; expected text")
+    if key != "thinking":
+        check_refused(parse(row | {key: "a", "thinking": "b"}, row_format), "bad_structure", "the row has different te")
+
+
+def test_reasoning_of_earlier_answers_stays_with_the_last() -> None:
+    row = {"instruction": "a", "output": "b", "history": [["hi", "yes"]], "reasoning": "Hm."}
+    assert [message.reasoning for message in accepted(parse(row, "alpaca")).messages] == [None, None, None, "Hm."]
+
+
+@pytest.mark.parametrize("key", REASONING_KEYS)
+def test_reasoning_beside_a_list_of_turns_is_refused(key: str) -> None:
+    lists = {"prompt": "hi", "completion": [ANSWER]}
+    pairs = [(CHAT, "messages"), (sharegpt(("user", "hi"), ("gpt", "yes")), "sharegpt"), (lists, "prompt_completion")]
+    for row, row_format in pairs:
+        check_refused(parse(row | {key: "Hm."}, row_format), "unsupported_field", f"the row has '{key}' beside a list")
+        assert accepted(parse(row | {key: ""}, row_format)).messages == EXPECTED
+    cells = {"prompt": "hi", "completion": json.dumps([ANSWER]), key: "Hm."}
+    check_refused(parse_columns(cells, "prompt_completion"), "unsupported_field", "beside a list of turns")
 
 
 def test_prompt_completion_rows() -> None:
@@ -340,6 +400,19 @@ def test_a_turn_trains_unless_it_says_otherwise(flags: list[bool | None]) -> Non
 )
 def test_unclear_weights_are_refused(row: Any, reason: str) -> None:
     check_refused(parse(row), "bad_weight", reason)
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_rows_have_no_weight_of_their_own_but_one(key: str) -> None:
+    for value in (1, 1.0, True, None):
+        assert accepted(parse(CHAT | {key: value})).messages == EXPECTED
+        assert accepted(parse_columns(CHAT | {key: value}, "messages")).messages == EXPECTED
+    for value in ("1", "true", "True", "1.0"):
+        assert accepted(parse_columns(CHAT | {key: value}, "messages")).messages == EXPECTED
+        check_refused(parse(CHAT | {key: value}), "bad_weight", f"the row has {key}={value!r}; weights are given per t")
+    for value in (0, 0.5, False, "", float("nan"), 2, [1], "0"):
+        check_refused(parse(CHAT | {key: value}), "bad_weight", f"the row has {key}=")
+        check_refused(parse_columns(CHAT | {key: value}, "messages"), "bad_weight", "per source in the recipe")
 
 
 def test_prompts_never_train() -> None:
@@ -554,6 +627,12 @@ def test_answers_that_differ_in_calls_or_reasoning_are_no_repetition() -> None:
 # ---------------------------------------------------------------- text, numbers, cells
 
 
+def test_errors_of_other_libraries_become_one_line_of_a_bounded_length() -> None:
+    assert one_line(" a\n\tb  c\n") == "a b c"
+    assert one_line("a\n" * 500) == "a " * 149 + "a…"
+    assert (clip("abc", 3), clip("abcd", 3)) == ("abc", "ab…")
+
+
 def test_long_texts_and_large_numbers_pass_unchanged() -> None:
     row = messages({"role": "user", "content": BIG + "é"}, CALLS | {"tool_calls": [{"name": "f", "arguments": {}}]})
     row["messages"][1]["tool_calls"][0]["arguments"] = {"n": 10**400, "x": 0.1, "flag": True, "é": ["ü", None]}
@@ -585,7 +664,7 @@ TURN = st.fixed_dictionaries({}, optional={key: JSON for key in KEYS} | {"tool_c
     st.sampled_from(["messages", "prompt_completion", "alpaca", "sharegpt"]),
     st.dictionaries(
         st.sampled_from(["messages", "conversations", "prompt", "completion", "instruction", "output", "history"])
-        | st.sampled_from(["input", "system", "tools"]),
+        | st.sampled_from(["input", "system", "tools", "weight", "reasoning"]),
         JSON | st.lists(TURN, max_size=2) | st.just([USER, CALLS, ANSWER]),
     ),
 )
@@ -630,6 +709,20 @@ def test_cells_of_text_columns_hold_json_lists_and_numbers() -> None:
     assert accepted(parse_columns(row, "alpaca")).messages[:2] == EXPECTED
     row = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}
     assert accepted(parse_columns(row, "prompt_completion")).messages == EXPECTED
+
+
+@pytest.mark.parametrize("beside", [{}, {"level": 15.0}, {"flag": True, "level": "15"}, {"history": "[", "level": 15}])
+def test_cells_are_read_alike_whatever_the_other_columns_hold(beside: dict[str, Any]) -> None:
+    field = "level" if beside else None
+    rows = [
+        ({"messages": json.dumps([USER, ANSWER])}, "messages"),
+        ({"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, "prompt_completion"),
+        (CHAT | {"prompt": '[{"role": '}, "messages"),
+    ]
+    for row, row_format in rows:
+        conversation = accepted(parse_columns(row | beside, row_format, difficulty_field=field))
+        assert conversation.messages == EXPECTED
+        assert conversation.difficulty == (15.0 if beside else None)
 
 
 @pytest.mark.parametrize("text", ["[1] and [2]", "[1, 2]", '[{"a": 1}]', '{"role": "user"}', "[INST] hi"])

@@ -1,5 +1,6 @@
 """The token store: what is in it, what is not, and that nothing but a whole one is ever opened."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sft_dist.config import Source
@@ -23,10 +25,12 @@ from sft_dist.data.build import StoreSpec, prepare, store_fingerprint, wait_for_
 from sft_dist.data.chat import ChatTokenizer, Example
 from sft_dist.data.conversation import Conversation
 from sft_dist.data.files import iter_rows
+from sft_dist.data.inspect import summary
 from sft_dist.data.prepare import describe_progress
 from sft_dist.data.rows import parse_row
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import DataError
+from tests.unit import chat_templates
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,7 +220,7 @@ def test_dropped_rows_are_counted_by_cause(model: Path, tmp_path: Path) -> None:
     assert len(dropped["malformed_json"]["examples"]) == 5
     assert dropped["too_long"]["examples"][0].startswith(f"{source.path}:11: ")
     assert store.meta["rows_read"] == 11
-    assert store.meta["kept"] == len(store) == 1
+    assert store.meta["examples"] == store.meta["rows_kept"] == len(store) == 1
 
 
 def test_too_long_rows_can_be_an_error_with_line_length_and_limit(model: Path, tmp_path: Path) -> None:
@@ -300,6 +304,59 @@ def test_too_long_conversations_lose_their_oldest_turns_and_no_answer_is_cut(mod
     assert texts(tight, 0) == ["three"]
     with pytest.raises(DataError, match=r"2 rows of 3 are too long; raise data.max_tokens"):
         make([source], model, tmp_path / "s", max_tokens=limit, too_long="error")
+
+
+def test_a_row_that_gives_several_examples_is_one_row(model: Path, tmp_path: Path) -> None:
+    """One row keeps two of its three examples, one gives none, and one is no row at all."""
+    long = [{"role": "user", "content": "x" * 900}, {"role": "assistant", "content": "x"}] * 1
+    three = json.loads(talk("1", "one", "2", "two"))["messages"] + long
+    source = write(tmp_path / "a.jsonl", json.dumps({"messages": three}), json.dumps({"messages": long * 2}), "{")
+    store = make([source], model, tmp_path / "s", turns="each", max_tokens=200, bad_rows="drop")
+    meta = store.meta
+    assert (meta["rows_read"], meta["rows_kept"], meta["examples"], len(store)) == (3, 1, 2, 2)
+    assert {cause: dropped["count"] for cause, dropped in meta["dropped"].items()} == {
+        "malformed_json": 1,
+        "too_long": 2,
+    }
+    stream = io.StringIO()
+    summary(store, Console(file=stream, width=200))
+    assert "3 read, 1 kept, 2 dropped" in stream.getvalue()
+    assert "1 of 3 rows kept" in stream.getvalue()
+
+
+def test_examples_of_one_row_share_a_prompt_hash(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", talk("1", "one", "2", "two"), talk("1", "one", "3", "three"))
+    hashes = make([source], model, tmp_path / "s", turns="each").prompt_hash
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+
+
+def test_a_truncated_conversation_asks_what_is_left_of_it(model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", talk("1" * 200, "one", "2", "two"), chat("2", "two"))
+    store = make([source], model, tmp_path / "s", max_tokens=100, too_long="truncate", turns="last")
+    assert store.prompt_hash[0] == store.prompt_hash[1]
+
+
+def test_truncation_keeps_all_system_prompts_and_calls_with_their_results(tmp_path: Path) -> None:
+    model = chat_templates.write(tmp_path / "m", chat_templates.source("qwen2_5"))
+    call = {"id": "c1", "function": {"name": "f", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": "q" * 400},
+        {"role": "assistant", "content": "look", "tool_calls": [call]},
+        {"role": "user", "content": "hurry"},
+        {"role": "tool", "content": "R", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "done"},
+    ]
+    system = [{"role": "system", "content": "S" * 30}, {"role": "developer", "content": "D" * 30}]
+    asked = json.loads(talk("1" * 400, "one", "2", "two"))["messages"]
+    source = write(tmp_path / "a.jsonl", json.dumps({"messages": turns}), json.dumps({"messages": system + asked}))
+    limit = int(make([source], model, tmp_path / "s").lengths.min()) - 1
+    store = make([source], model, tmp_path / "s", max_tokens=limit, too_long="truncate")
+    assert [store.origin(index).line for index in range(len(store))] == [2]
+    text = ChatTokenizer.load(store.tokenizer_dir).decode(store.example(0).input_ids.tolist())
+    assert "S" * 30 in text
+    assert "D" * 30 in text
+    assert "111" not in text
+    assert store.meta["dropped"]["too_long"]["examples"][0].startswith(f"{source.path}:1: ")
 
 
 def test_truncation_never_leaves_an_example_without_a_response(model: Path, tmp_path: Path) -> None:
@@ -422,6 +479,23 @@ def test_killed_preparation_leaves_no_store_and_no_processes_and_the_next_one_is
     write(tmp_path / "small.jsonl", chat("1", "one"))
     store = make([Source(path=str(tmp_path / "small.jsonl"))], model, tmp_path / "s")
     assert names(tmp_path / "s") == {store.fingerprint}
+
+
+def test_a_file_that_changes_after_it_was_hashed_is_not_stored(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while a process waits for the lock of another."""
+    source = write(tmp_path / "a.jsonl", chat("1", "one"))
+    remove = build._remove_leftovers
+
+    def meddle(path: Path) -> None:
+        write(tmp_path / "a.jsonl", chat("1", "one"), chat("2", "two"))
+        remove(path)
+
+    monkeypatch.setattr(build, "_remove_leftovers", meddle)
+    with pytest.raises(DataError, match="changed while it was read"):
+        make([source], model, tmp_path / "s")
+    assert names(tmp_path / "s") == set()
 
 
 def test_two_processes_make_one_store(model: Path, tmp_path: Path) -> None:
