@@ -408,8 +408,10 @@ MUTANTS = [
     Mutant(
         "a tool that the template drops goes unnoticed",
         "data/masks.py",
-        '            if not found:\n                raise Refused("message_dropped", "the template leaves out the tools',
-        '            if found is None:\n                raise Refused("message_dropped", "the template leaves out the tools',
+        """            if not found:
+                raise Refused("message_dropped", "the template leaves out the tools""",
+        """            if found is None:
+                raise Refused("message_dropped", "the template leaves out the tools""",
         f"{TEMPLATES}::test_tools_that_the_template_does_not_write_are_refused",
     ),
     Mutant(

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.inspect_figures import Layout, causes, length_bins
-from sft_dist.data.inspect_sample import Gap, Glyph, Run, Sample, runs_of, safe
+from sft_dist.data.inspect_sample import Gap, Glyph, Run, Sample, runs_of
+from sft_dist.data.shown import safe
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import DataError
 

@@ -16,7 +16,8 @@ from sft_dist.config import Recipe
 from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.inspect import layout_lines
 from sft_dist.data.inspect_figures import Bins, Cause, Layout, causes, fill_counts, length_bins, source_counts
-from sft_dist.data.inspect_sample import Sample, runs_of, safe
+from sft_dist.data.inspect_sample import Sample, runs_of
+from sft_dist.data.shown import safe
 from sft_dist.data.store import TokenStore
 
 SAMPLE_TOKENS = 400

@@ -14,19 +14,6 @@ from sft_dist.data.chat import ChatTokenizer, Example
 from sft_dist.data.shown import UNSAFE, escape, safe
 from sft_dist.data.store import TokenStore
 
-__all__ = [
-    "SMALLEST_GAP",
-    "Gap",
-    "Glyph",
-    "GlyphKind",
-    "Piece",
-    "Run",
-    "Sample",
-    "pick_samples",
-    "runs_of",
-    "safe",
-]
-
 # A gap takes a line of its own, so fewer hidden tokens than this save nothing.
 SMALLEST_GAP = 16
 
