@@ -5,9 +5,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from sft_dist import __version__
 from sft_dist.errors import SftDistError
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sft-dist {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
+    _add_train(verbs)
+    _add_data_verbs(verbs)
+    _add_other_verbs(verbs)
+    return parser
+
+
+def _add_train(verbs: "Verbs") -> None:
     train = _recipe_verb(
         verbs,
         "train",
@@ -63,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--profile", action="store_true", help="profile steps 3 to 5 into <run>/profile")
 
+
+def _add_data_verbs(verbs: "Verbs") -> None:
+    """prepare, inspect, lint"""
     _recipe_verb(verbs, "prepare", _prepare, "tokenise and verify the data of a recipe, without torch")
 
     inspect = _recipe_verb(verbs, "inspect", _inspect, "show what is trained: prompt dimmed, trained tokens coloured")
@@ -90,6 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     lint.add_argument("--strict", action="store_true", help="exit code 1 if there is an error or a warning")
     lint.set_defaults(verb=_lint, overrides=[])
 
+
+def _add_other_verbs(verbs: "Verbs") -> None:
+    """config, generate, demo"""
     config = verbs.add_parser("config", help="print the resolved recipe, or what comes with the package")
     config.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     config.add_argument("overrides", nargs="*", metavar="key=value")
@@ -113,11 +129,10 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
     demo.add_argument("--examples", type=int, help="write this many training examples, and an eighth to hold out")
     demo.set_defaults(verb=_demo)
-    return parser
 
 
 def _recipe_verb(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    verbs: "Verbs",
     name: str,
     verb: Callable[[argparse.Namespace], int],
     text: str,
