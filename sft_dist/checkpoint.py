@@ -17,6 +17,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from sft_dist.config import Recipe
+from sft_dist.durable import sync
 from sft_dist.engine.collectives import barrier, on_main
 from sft_dist.engine.interface import Engine
 from sft_dist.errors import CheckpointError
@@ -85,7 +86,7 @@ def commit(engine: Engine, state: RunState, directory: Path, *, keep: int) -> Pa
         _seal(writing, state)
         writing.rename(final)
         _write_durably(final / "COMMITTED", f"{FORMAT_VERSION}\n")
-        _sync_directory(directory)
+        sync(directory)
         for old in committed(directory)[:-keep]:
             shutil.rmtree(old)
 
@@ -165,7 +166,7 @@ def _seal(directory: Path, state: RunState) -> None:
             os.fsync(handle.fileno())
     manifest = {str(file.relative_to(directory)): _describe(file) for file in files}
     _write_durably(directory / "manifest.json", json.dumps(manifest, indent=2))
-    _sync_directory(directory)
+    sync(directory)
 
 
 def _describe(file: Path) -> dict[str, Any]:
@@ -181,11 +182,3 @@ def _write_durably(file: Path, text: str) -> None:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -34,6 +34,7 @@ from sft_dist.generate import Answerer, Sampling
 from sft_dist.metrics import read_held_out, read_steps
 from sft_dist.quiet import quiet_libraries
 from sft_dist.scoring import TemplateScore, score_by_template
+from sft_dist.world import num_cores
 
 SEED = 0
 NUM_PROCESSES = 2
@@ -125,8 +126,7 @@ def _run(command: Sequence[str], console: Console) -> int:
     """Show the command as a user would type it, and run it from this environment with a fair share of the cores."""
     console.print(Text(f"$ {shlex.join(command)}", style="bold"), soft_wrap=True)
     program = str(Path(sys.executable).with_name(command[0]))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // NUM_PROCESSES)), "TOKENIZERS_PARALLELISM": "false"}
+    threads = {"OMP_NUM_THREADS": str(max(1, num_cores() // NUM_PROCESSES)), "TOKENIZERS_PARALLELISM": "false"}
     # The demo runs on the CPU also where there are GPUs: it shows the same thing everywhere.
     return subprocess.run([program, *command[1:]], env=os.environ | threads | {"CUDA_VISIBLE_DEVICES": ""}).returncode
 

@@ -13,6 +13,11 @@ from types import FrameType
 from sft_dist.errors import ConfigError
 
 
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of one run as seen from one of them."""

@@ -494,7 +494,7 @@ MUTANTS = [
     Mutant(
         "too long rows kept",
         "data/build.py",
-        "    if len(result.input_ids) <= settings.max_tokens:",
+        "    if len(result.input_ids) <= settings.spec.max_tokens:",
         "    if len(result.input_ids) <= 10**9:",
         f"{STORE}::test_dropped_rows_are_counted_by_cause",
     ),

@@ -30,7 +30,9 @@ from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, Ra
 from sft_dist.data.files import count_bytes, hash_source, iter_rows, list_files, source_names
 from sft_dist.data.rows import detect_format, parse_row
 from sft_dist.data.store import COMMITTED, FORMAT_VERSION, TokenStore
+from sft_dist.durable import sync
 from sft_dist.errors import DataError
+from sft_dist.world import num_cores
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 2**20
@@ -104,7 +106,7 @@ def prepare(
     if not _is_committed(path):
         with _locked(path, timeout_s=lock_timeout_s):
             if not _is_committed(path):
-                _build(path, plan, tokenizer, workers=workers or _num_cores(), progress=progress)
+                _build(path, plan, tokenizer, workers=workers or num_cores(), progress=progress)
     return _open(path, spec)
 
 
@@ -182,10 +184,6 @@ def _plan(spec: StoreSpec, tokenizer: ChatTokenizer) -> _Plan:
     return _Plan(spec, formats, fingerprint, stamps)
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ---------------------------------------------------------------- building
 
 
@@ -198,7 +196,7 @@ def _build(path: Path, plan: _Plan, tokenizer: ChatTokenizer, *, workers: int, p
             temporary.mkdir()
             tokenizer.save(temporary / "tokenizer")
         reading = _Reading(plan.spec)
-        settings = _Encoding.of(plan.spec, temporary / "tokenizer")
+        settings = _Encoding(plan.spec, str(temporary / "tokenizer"))
         with _Writer(temporary, plan) as writer:
             for result in _encoded_chunks(plan, settings, reading, workers=workers):
                 writer.add(result)
@@ -219,18 +217,8 @@ def _build(path: Path, plan: _Plan, tokenizer: ChatTokenizer, *, workers: int, p
 class _Encoding:
     """What a worker must know to encode a chunk."""
 
+    spec: StoreSpec
     tokenizer_dir: str
-    max_tokens: int
-    too_long: str
-    turns: str
-    control_tokens: str
-    difficulty_field: str | None
-
-    @classmethod
-    def of(cls, spec: StoreSpec, tokenizer_dir: Path) -> "_Encoding":
-        return cls(
-            str(tokenizer_dir), spec.max_tokens, spec.too_long, spec.turns, spec.control_tokens, spec.difficulty_field
-        )
 
 
 class _Reading:
@@ -238,8 +226,13 @@ class _Reading:
 
     def __init__(self, spec: StoreSpec) -> None:
         sizes = [count_bytes(source) for source in spec.sources]
-        self._total = sum(size for size in sizes if size) if all(sizes) else None
+        self._total = None if None in sizes else sum(size for size in sizes if size)
         self._done = 0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the data is known to be less than is worth a pool of processes."""
+        return self._total is not None and self._total < IN_PROCESS_BYTES
 
     def add(self, num_bytes: int) -> None:
         self._done += num_bytes
@@ -313,7 +306,7 @@ def _encode_chunk(chunk: _Chunk, settings: _Encoding) -> _Encoded:
     told: set[tuple[int, str]] = set()  # a row is refused once for a cause, however many examples it was to give
     for batch in _batches(chunk, settings):
         conversations = [part.conversation for part in batch if isinstance(part.conversation, Conversation)]
-        encoded = iter(tokenizer.encode(conversations, control_tokens=settings.control_tokens))
+        encoded = iter(tokenizer.encode(conversations, control_tokens=settings.spec.control_tokens))
         for part in batch:
             fitted: Conversation | tuple[Conversation, Example] | BadRow = part.conversation
             if isinstance(fitted, Conversation):
@@ -367,8 +360,8 @@ def _parts(place: int, row: RawRow, row_format: str, settings: _Encoding) -> Ite
 
     Those are on one side of a split, whatever their prompts: an answer of one stands in the prompt of the next.
     """
-    parsed = parse_row(row, row_format, turns=settings.turns, difficulty_field=settings.difficulty_field)
-    if settings.turns != "each" or isinstance(parsed, BadRow):
+    parsed = parse_row(row, row_format, turns=settings.spec.turns, difficulty_field=settings.spec.difficulty_field)
+    if settings.spec.turns != "each" or isinstance(parsed, BadRow):
         yield _Part(place, parsed)
         return
     whole = prompt_hash(parsed)
@@ -388,17 +381,17 @@ def _fitted(
     """
     if isinstance(result, BadRow):
         return result
-    if len(result.input_ids) <= settings.max_tokens:
+    if len(result.input_ids) <= settings.spec.max_tokens:
         return conversation, result
     num_tokens = len(result.input_ids)
-    reason = f"{num_tokens} tokens, more than data.max_tokens={settings.max_tokens}"
+    reason = f"{num_tokens} tokens, more than data.max_tokens={settings.spec.max_tokens}"
     fitting: tuple[Conversation, Example] | None = None
-    shorter = _without_oldest(conversation) if settings.too_long == "truncate" else []
+    shorter = _without_oldest(conversation) if settings.spec.too_long == "truncate" else []
     low, high = 0, len(shorter) - 1
     while low <= high:  # the fewer turns, the fewer tokens: the first that fits is found by halving
         middle = (low + high) // 2
-        (tried,) = tokenizer.encode([shorter[middle]], control_tokens=settings.control_tokens)
-        if isinstance(tried, Example) and len(tried.input_ids) <= settings.max_tokens:
+        (tried,) = tokenizer.encode([shorter[middle]], control_tokens=settings.spec.control_tokens)
+        if isinstance(tried, Example) and len(tried.input_ids) <= settings.spec.max_tokens:
             fitting, high = (shorter[middle], tried), middle - 1
         else:
             low = middle + 1
@@ -443,7 +436,7 @@ def _tokenizer(directory: str) -> ChatTokenizer:
 def _encoded_chunks(plan: _Plan, settings: _Encoding, reading: _Reading, *, workers: int) -> Iterator[_Encoded]:
     """Encode every chunk, in order, on `workers` processes."""
     _tokenizer.cache_clear()  # the directory of an earlier store may have had the same name
-    if workers == 1 or _is_small(plan.spec.sources):
+    if workers == 1 or reading.is_small:
         yield from (_encode_chunk(chunk, settings) for chunk in _chunks(plan, reading))
         return
     # spawn: the parent may hold threads (torch, Rust), which a fork would copy in an unusable state.
@@ -483,12 +476,6 @@ def _exit_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _is_small(sources: Sequence[Source]) -> bool:
-    files = [file for source in sources for file in list_files(source)]
-    is_local = all(list_files(source) for source in sources)
-    return is_local and sum(file.stat().st_size for file in files) < IN_PROCESS_BYTES
 
 
 def _stamps(sources: Sequence[Source]) -> list[tuple[str, int, int]]:
@@ -647,22 +634,14 @@ def _commit(temporary: Path, path: Path) -> None:
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
     sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in files}
     for file in [*files, temporary / "tokenizer", temporary]:
-        _fsync(file)
+        sync(file)
     temporary.rename(path)
-    _fsync(path.parent)
+    sync(path.parent)
     pending = path / f"{COMMITTED}.tmp"
     pending.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    _fsync(pending)
+    sync(pending)
     pending.rename(path / COMMITTED)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 def _is_committed(path: Path) -> bool:

@@ -19,7 +19,7 @@ from sft_dist.data.control_tokens import ControlTokens
 from sft_dist.data.conversation import BadRow, Conversation, Message, Origin, Refused, Remark
 from sft_dist.data.encoder import Encoded, Encoder
 from sft_dist.data.masks import CLOSE_THINKING, Markers, SpanFinder
-from sft_dist.data.template import CHATML, ChatTemplate, quoted, without_tags
+from sft_dist.data.template import CHATML, ChatTemplate, quoted
 from sft_dist.data.tokenizer_files import (
     encoder_of,
     final_files,
@@ -201,9 +201,9 @@ class ChatTokenizer:
     # ------------------------------------------------------------ rendering
 
     def _render(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
-        fields = [self._chat_template.fields(message) for message in conversation.messages]
-        text = self._chat_template.render(fields, conversation.tools, add_generation_prompt=add_generation_prompt)
-        return without_tags(text)
+        return self._chat_template.text_of(
+            conversation.messages, conversation.tools, add_generation_prompt=add_generation_prompt
+        )
 
     def _job_or_refuse(self, conversation: Conversation, control_tokens: str) -> _Job | BadRow:
         try:

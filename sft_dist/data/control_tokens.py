@@ -41,6 +41,10 @@ class ControlTokens:
         placeholder = NAMES + len(self.texts)
         self._placeholders = {text: chr(placeholder + index) for index, text in enumerate(self.texts)}
         self._texts_of = {name: text for text, name in self._names.items()}
+        self._shown = {name: text for text, name in self._placeholders.items()}
+        self._written = self._names | self._shown  # what a hidden row holds -> what `encoder` is given
+        self._to_write = any_of(self._written)
+        self._named = re.compile(f"[{chr(NAMES)}-{chr(placeholder - 1)}]") if self.texts else re.compile(r"(?!)")
         self._private = re.compile(f"[{chr(NAMES)}-{chr(placeholder + len(self.texts))}]")
 
     def found_in(self, conversation: Conversation) -> str | None:
@@ -74,17 +78,15 @@ class ControlTokens:
 
     def reveal(self, text: str) -> str:
         """A render of a hidden row with its control tokens written out again."""
-        shown = {name: text for text, name in self._placeholders.items()}
-        return self._private.sub(lambda match: shown[match.group()], text)
+        return self._private.sub(lambda match: self._shown[match.group()], text)
 
     def name(self, text: str, places: Sequence[int]) -> tuple[str, list[int]]:
         """A render of a hidden row as `encoder` takes it, and where places in the render are in that text."""
-        table = self._names | {name: text for text, name in self._placeholders.items()}
         pieces: list[str] = []
         shifts = [(0, 0)]
         last = length = 0
-        for match in re.finditer(any_of(table).pattern, text):
-            new = table[match.group()]
+        for match in self._to_write.finditer(text):
+            new = self._written[match.group()]
             pieces += [text[last : match.start()], new]
             length += match.start() - last + len(new)
             last = match.end()
@@ -99,7 +101,7 @@ class ControlTokens:
 
     def count_names(self, text: str) -> int:
         """How many of the template's own control tokens are in a text of `encoder`."""
-        return sum(map(text.count, self._texts_of))
+        return len(self._named.findall(text))
 
     @cached_property
     def encoder(self) -> Encoder:

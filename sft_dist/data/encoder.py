@@ -20,6 +20,7 @@ from typing import Any
 
 from tokenizers import Encoding, Regex, Tokenizer, pre_tokenizers
 
+from sft_dist.data.masks import any_of
 from sft_dist.errors import BackendError
 
 # How text is cut into words, as tokenizer.json has it, and the same for `re` with the classes to fill in.
@@ -119,8 +120,7 @@ class _WordCutter:
     def __init__(self, tokenizer: Tokenizer, setup: dict[str, Any]) -> None:
         self._tokens = _Tokens(tokenizer)
         self._added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-        longest_first = sorted(self._added, key=lambda text: (-len(text), text))
-        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})").split
+        self._split = re.compile(f"({any_of(self._added).pattern})").split
         self._find: Callable[[str], list[str]] = re.compile(_pattern_of(_split_of(setup))).findall
         self._is_unusual = re.compile(_unusual()).search
         self._is_nfc = (setup["normalizer"] or {}).get("type") == "NFC"
@@ -235,28 +235,28 @@ def _members(name: str) -> str:
     """The known characters of a class, as the inside of a bracket. The library is asked, whose Unicode it must be."""
     text = "".join(map(chr, _assigned()))
     outside = pre_tokenizers.Split(Regex(f"{name}+"), "removed").pre_tokenize_str(text)
-    members: list[list[int]] = []
+    members: list[int] = []
     last = 0
     for _, (start, end) in [*outside, ("", (len(text), len(text)))]:
-        for character in text[last:start]:
-            number = ord(character)
-            if members and number == members[-1][1] + 1:
-                members[-1][1] = number
-            else:
-                members.append([number, number])
+        members += map(ord, text[last:start])
         last = end
-    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in members)
+    return _ranges(members)
 
 
 def _unusual() -> str:
     """Matches a character whose classes are not known."""
-    ranges: list[list[int]] = []
-    for number in _assigned():
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
+    return f"[^{_ranges(_assigned())}]"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending code points as the inside of a bracket."""
+    merged: list[list[int]] = []
+    for number in numbers:
+        if merged and number == merged[-1][1] + 1:
+            merged[-1][1] = number
         else:
-            ranges.append([number, number])
-    return "[^" + "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in ranges) + "]"
+            merged.append([number, number])
+    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in merged)
 
 
 @cache

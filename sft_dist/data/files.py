@@ -72,7 +72,8 @@ def hash_source(source: Source) -> str:
 
 def count_bytes(source: Source) -> int | None:
     """Bytes of a source's files on disk; None for a hub data set, whose files may have to be fetched."""
-    return sum(file.stat().st_size for file in list_files(source)) or None
+    files = list_files(source)
+    return sum(file.stat().st_size for file in files) if files else None
 
 
 def iter_rows(source: Source, *, extra_columns: Sequence[str] = (), on_read: OnRead | None = None) -> Iterator[RawRow]:

@@ -185,8 +185,8 @@ class SpanFinder:
 
     def _start_after_prompt(self, conversation: Conversation, text: str, turn: "_Turn", *, low: int) -> int:
         """For a turn without the usual header: where the prompt of inference ends, if the render begins with it."""
-        fields = [self.template.fields(message) for message in conversation.messages[: turn.index]]
-        prompt = without_tags(self.template.render(fields, conversation.tools, add_generation_prompt=True))
+        before = conversation.messages[: turn.index]
+        prompt = self.template.text_of(before, conversation.tools, add_generation_prompt=True)
         if not (text.startswith(prompt) and low < len(prompt) <= turn.begin):
             raise Refused(
                 "mask_not_verified",
@@ -210,9 +210,9 @@ class SpanFinder:
         ask, answer, mark = Message("user", "Probe question?"), Message("assistant", "Probe answer."), chr(PLANES[0])
         ended = Message("assistant", answer.content + mark)
         try:
-            prefix = self._probe([ask])
-            prompted = self._probe([ask], add_generation_prompt=True)
-            full = self._probe([ask, ended, ask, ended])
+            prefix = self.template.text_of([ask])
+            prompted = self.template.text_of([ask], add_generation_prompt=True)
+            full = self.template.text_of([ask, ended, ask, ended])
         except Refused as error:
             raise ConfigError(f"{name}: {error.reason}; give another template in data.chat_template") from None
         # Some templates have no generation prompt of their own: what ends the question then announces the answer.
@@ -242,12 +242,6 @@ class SpanFinder:
             writes_thinking=thinking_header is not None,
         )
 
-    def _probe(
-        self, messages: Sequence[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = False
-    ) -> str:
-        fields = [self.template.fields(message) for message in messages]
-        return without_tags(self.template.render(fields, tools, add_generation_prompt=add_generation_prompt))
-
     def _frame(self, *texts: str, essential: Sequence[str]) -> frozenset[str]:
         """The added tokens in renders of probes, without words such as `<think>` that stand in no essential part."""
         found = {token for text in texts for token in self._added.findall(text)}
@@ -260,7 +254,7 @@ class SpanFinder:
         """What is left of the header where the template writes thinking behind it; None if it writes none."""
         thought = "Probe thought."
         try:
-            full = self._probe([ask, Message("assistant", "Probe answer.", reasoning=thought)])
+            full = self.template.text_of([ask, Message("assistant", "Probe answer.", reasoning=thought)])
         except Refused:
             return None
         if full.count(thought) != 1:
@@ -297,7 +291,9 @@ class SpanFinder:
         if not self.template.form.calls:
             return "", None
         try:
-            text = self._probe([ask, Message("assistant", "", tool_calls=(PROBE_CALL,) * num_calls)], [PROBE_TOOL])
+            text = self.template.text_of(
+                [ask, Message("assistant", "", tool_calls=(PROBE_CALL,) * num_calls)], [PROBE_TOOL]
+            )
         except Refused:
             return "", None
         match = re.search(rf"({self._added.pattern})\Z", text.rstrip())

@@ -93,6 +93,17 @@ class ChatTemplate:
                 "template_refused", f"the chat template refuses this conversation: {quoted(str(error))}"
             ) from None
 
+    def text_of(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of messages, without the marks of tags. Raises Refused if the template raises."""
+        fields = [self.fields(message) for message in messages]
+        return without_tags(self.render(fields, tools, add_generation_prompt=add_generation_prompt))
+
     def fields(self, message: Message, mark: Mark | None = None) -> dict[str, Any]:
         """A message as the template wants it, its texts passed through `mark`."""
         content: Any = mark(message.content, "content") if mark else message.content
@@ -144,7 +155,7 @@ class ChatTemplate:
     def _tried(self, turns: Sequence[Message], form: Form, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         before, self.form = self.form, form
         try:
-            return self.render([self.fields(turn) for turn in turns], tools)
+            return self.text_of(turns, tools)
         except Refused:
             return ""
         finally:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors config console package_files quiet world
+errors config console durable package_files quiet world
 demo.formulas demo.templates demo.dataset demo.model
 data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
 data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
