@@ -7,6 +7,8 @@ SftDistError            what was given, what was expected, what to do
     DeviceError           one process has no device; said by that process
   CheckpointError       a checkpoint is missing, broken or does not belong to this run: exit code 2
   OutOfMemoryError      host or device memory ran out: exit code 3, names the part that grew
+  NotFiniteError        too many steps in a row had no finite loss or gradient: exit code 4
+  RankLostError         a process of the run died or hangs: exit code 5, names it
 """
 
 
@@ -44,4 +46,17 @@ class OutOfMemoryError(SftDistError):
     """Memory ran out during a step; the message proposes a smaller `batch.pack_tokens`."""
 
     exit_code = 3
+    is_local = True
+
+
+class NotFiniteError(SftDistError):
+    """Step after step was withheld; the message names the examples of the last one."""
+
+    exit_code = 4
+
+
+class RankLostError(SftDistError):
+    """Another process of the run died, left or hangs; the message names it, its host and its last step."""
+
+    exit_code = 5
     is_local = True

@@ -1,16 +1,25 @@
-"""Where this process stands: rank, world size, addresses and stop requests.
+"""Where this process stands: rank, world size, addresses, stop requests and the launcher above it.
 
 The only reader of launcher environment. `accelerate launch`, `torchrun` and `srun` wrappers all set
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a single process.
 """
 
+import contextlib
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from sft_dist.errors import ConfigError
+
+EXIT_CODES = "SFT_DIST_EXIT_CODES"
+"""Environment: a directory in which each rank leaves its exit code for `sft-dist launch`."""
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def num_cores() -> int:
@@ -63,6 +72,16 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     return world
 
 
+def is_one_host(environ: Mapping[str, str] = os.environ) -> bool:
+    """True where the launcher says that all ranks are on this host; `read_world` assumes it where nothing is said."""
+    return "WORLD_SIZE" in environ and environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]
+
+
+def launcher_has_store(environ: Mapping[str, str] = os.environ) -> bool:
+    """True where the launcher itself serves the ranks at MASTER_ADDR, MASTER_PORT; else rank 0 is to."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def check_launcher_agrees(engine: str, *, dtype: str, environ: Mapping[str, str] = os.environ) -> None:
     """Refuse an accelerate config that asks for something else than the recipe.
 
@@ -109,3 +128,49 @@ class StopRequest:
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+
+def stop_when_orphaned(environ: Mapping[str, str] = os.environ) -> bool:
+    """Have the kernel send SIGTERM to this process when the launcher above it dies; True where that was arranged.
+
+    A launcher that is killed takes nothing with it: its ranks would train on, unseen, with nobody to stop them.
+    Only for a parent that is torchrun or accelerate: a run started from a shell outlives it, as under nohup.
+    """
+    parent = os.getppid()
+    # accelerate starts a single process without RANK and its fellows, and people export ACCELERATE_* in their shells:
+    # only the parent's own command line tells.
+    if "TORCHELASTIC_RUN_ID" not in environ and not _is_accelerate(parent):
+        return False
+    return follow_parent(parent, signal.SIGTERM)
+
+
+def follow_parent(parent: int, number: signal.Signals) -> bool:
+    """Get this signal when the parent ends, also when it has ended by now. False where the kernel cannot.
+
+    The kernel watches the thread that started this process: that must be one that lasts.
+    """
+    arranged = prctl(PR_SET_PDEATHSIG, number)
+    if arranged and os.getppid() != parent:
+        os.kill(os.getpid(), number)
+    return arranged
+
+
+def prctl(option: int, value: int) -> bool:
+    """Set an attribute of this process, by its number in <linux/prctl.h>. False where there is no such thing."""
+    return sys.platform == "linux" and bool(ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0)
+
+
+def _is_accelerate(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # no /proc, or the parent has gone
+        return False
+    return any(Path(word).name == "accelerate" or word.startswith("accelerate.commands") for word in words[:4])
+
+
+def report_exit(code: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Leave this rank's exit code for `sft-dist launch`; torchrun and accelerate say 1 for every failure."""
+    directory = environ.get(EXIT_CODES)
+    if directory:
+        with contextlib.suppress(OSError):  # the launcher has gone, and its directory with it
+            Path(directory, environ.get("RANK", "0")).write_text(str(code), encoding="ascii")
