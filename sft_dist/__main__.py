@@ -3,5 +3,8 @@
 import sys
 
 from sft_dist.cli import main
+from sft_dist.world import report_exit
 
-sys.exit(main())
+code = main()
+report_exit(code)
+sys.exit(code)

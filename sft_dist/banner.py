@@ -1,21 +1,27 @@
 """What is about to be trained, on what and how: said once, before step 1."""
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from sft_dist import __version__
+from sft_dist.checkpoint import Continuation
 from sft_dist.data.draws import count_shared_prompts
 from sft_dist.job import Job
 from sft_dist.model.load import PackedModel
 from sft_dist.model.verify import Agreement
+from sft_dist.redact import redacted
 
 
-def show_banner(console: Console, job: Job, *, model: PackedModel, agreement: Agreement, done: int) -> None:
-    """Print run, model, engine, batch arithmetic and the check before step 1. done: steps of an earlier attempt."""
+def show_banner(
+    console: Console, job: Job, *, model: PackedModel, agreement: Agreement, continuation: Continuation | None
+) -> None:
+    """Print run, model, engine, batch arithmetic, the check before step 1, and what a resumed run goes on from."""
     recipe, schedule = job.recipe, job.schedule
-    _, first_ids = schedule.example_ids(1)
-    start = f"resumed after step {done}" if done else "from step 1"
+    _, first_ids = schedule.example_ids(schedule.first_step)
+    start = f"resumed after step {continuation.step}" if continuation else "from step 1"
     attention = f"{job.backend.name}{' (auto)' if recipe.model.attention == 'auto' else ''}"
     tokens, trained = int(job.store.lengths.sum()), int(job.store.num_responses.sum())
     step_tokens = int(job.store.lengths[first_ids].sum())
@@ -29,7 +35,8 @@ def show_banner(console: Console, job: Job, *, model: PackedModel, agreement: Ag
         "engine": f"{job.engine_name} on {job.world.size} process{'es' * (job.world.size > 1)}",
         "data": f"{len(job.store):,} examples, {tokens:,} tokens, {trained / tokens:.1%} trained",
         "draws": f"{schedule.num_draws:,} an epoch, order {recipe.data.order}, fingerprint {job.draws}",
-        "step": f"{len(first_ids)} examples in step 1 ({step_tokens:,} tokens), {recipe.loss}, {packs}",
+        "step": f"{len(first_ids)} examples in step {schedule.first_step} ({step_tokens:,} tokens), "
+        f"{recipe.loss}, {packs}",
         "check": f"packed loss {agreement.packed_loss:.6f}, "
         f"the model's own document by document {agreement.own_loss:.6f}",
     }
@@ -38,9 +45,21 @@ def show_banner(console: Console, job: Job, *, model: PackedModel, agreement: Ag
     if dropout := _dropout(model):
         lines["dropout"] = f"{dropout}: the curve is the same only for the same engine, processes and pack_tokens"
     table = Table.grid(padding=(0, 2))
-    for name, text in lines.items():
-        table.add_row(name, Text(text))  # a path may hold what looks like markup
+    rows = [*lines.items(), *(_continuation(continuation) if continuation else ())]
+    for name, text in rows:
+        table.add_row(name, Text(redacted(text)))  # Text: a path may hold what looks like markup
     console.print(table, highlight=False)
+
+
+def _continuation(continuation: Continuation) -> Iterator[tuple[str, str]]:
+    """What is gone on from, what was wrong with newer checkpoints, and what is not as it was."""
+    yield "resumed", f"from {continuation.path}, every byte of it verified"
+    for text in continuation.warnings:
+        yield "warning", text
+    for text in continuation.changes.curve:
+        yield "changed", f"{text}: the curve is another from here (--allow-change)"
+    for text in continuation.changes.other:
+        yield "changed", f"{text}; the curve is not"
 
 
 def _held_out(job: Job) -> str:

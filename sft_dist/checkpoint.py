@@ -1,184 +1,356 @@
-"""Checkpoints that are whole or do not exist, and the state of a run.
+"""Save without stopping the training for longer than a copy takes; choose, restore and reshape.
 
-    checkpoints/step-00000100/   state files of the engine, run_state.json, manifest.json, COMMITTED
-    checkpoints/.step-00000100   being written; never read, removed by the next commit
+A save needs no meeting of its own: each rank writes its fragments behind the training, and the reduction that every
+step makes anyway counts who is done. When all are, rank 0 commits; when one could not, nobody does.
 
-A reader trusts a directory only when COMMITTED is there and every file of the manifest has its size and hash.
+    step 100  copy to host | write, flush, hash ............ | done
+    step 101                 forward ... reduce: 1 of 2 done
+    step 102                             forward ... reduce: 2 of 2 done -> rank 0 commits
 """
 
 import json
-import os
+import logging
 import shutil
-from dataclasses import asdict, dataclass, replace
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
+import torch
 from safetensors import SafetensorError
 
-from sft_dist.config import Recipe
-from sft_dist.durable import sync
-from sft_dist.engine.collectives import barrier, on_main
+from sft_dist import commits
+from sft_dist.commits import RunState, Segment
+from sft_dist.config import Recipe, TrainSection
+from sft_dist.engine.collectives import any_rank, gather_texts, on_main, sum_over_ranks
+from sft_dist.engine.fragments import Fragment, Snapshot, read_fragments, require_shapes, share_of, write_fragments
 from sft_dist.engine.interface import Engine
-from sft_dist.errors import CheckpointError
+from sft_dist.errors import CheckpointError, SftDistError
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+SHAPES = "shapes.json"
+BYTES_PER_ELEMENT = 12
+"""Master weight and two moments, fp32."""
 
 
 @dataclass(frozen=True)
-class RunState:
-    """Where a run stands: position is one integer. The rest says what the position is in.
-
-    step: last step done, applied or withheld. curve: what decides the loss curve (`curve_of`).
-    """
+class Commit:
+    """A checkpoint that was committed. stall_s: how long training stood still; seconds: from begin to commit."""
 
     step: int
-    data_fingerprint: str
-    curve: dict[str, Any]
-    engine: str
-    world_size: int
-
-    def next(self) -> "RunState":
-        return replace(self, step=self.step + 1)
+    size_bytes: int
+    stall_s: float
+    seconds: float
 
 
-def curve_of(recipe: Recipe, *, num_steps: int, dtype: str, draws: str) -> dict[str, Any]:
-    """What decides the curve, by key of the recipe. Launch, packing, engine and cadence are not among them.
+@dataclass
+class _Pending:
+    """A save that is not committed yet. thread: None when the write was not behind."""
 
-    draws: fingerprint of the draws and steps.
+    state: RunState
+    writing: Path
+    began: float
+    stall_s: float = 0.0
+    thread: threading.Thread | None = None
+    failure: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+
+class Saver:
+    """Makes checkpoints of a run, one at a time. Every rank has one and calls it alike.
+
+    Each step: `flags()` joins the step's reduction, and its sums go to `settle`.
     """
+
+    def __init__(self, engine: Engine, directory: Path, *, settings: TrainSection) -> None:
+        self._engine, self._directory, self._settings = engine, directory, settings
+        self._snapshot = Snapshot()
+        self._shapes = weight_shapes(engine)
+        self._pending: _Pending | None = None
+        self._undeleted: set[str] = set()
+        self.last_step: int | None = None
+        """The last step whose checkpoint this run committed."""
+
+    def start(self, state: RunState) -> Commit | None:
+        """Begin a checkpoint. An earlier one that is still being written is waited for; returns its commit.
+
+        Raises CheckpointError when it cannot be begun and train.on_save_error is stop.
+        """
+        earlier = self.finish()
+        began = time.perf_counter()
+        size_bytes = BYTES_PER_ELEMENT * sum(_numel(shape) for shape in self._shapes.values())
+
+        def make_room() -> Path:
+            return commits.make_room(self._directory, state.step, size_bytes=size_bytes)
+
+        world = self._engine.world
+        try:
+            on_main(make_room, world=world, device=self._engine.device)
+        except (OSError, SftDistError) as error:  # ranks above 0 only hear that rank 0 failed
+            self._failed(state.step, [str(error)])
+            return earlier
+        pending = _Pending(state, self._directory / f".{commits.name_of(state.step)}", began)
+        fragments = self._engine.fragments()
+        if self._engine.is_replicated:
+            fragments = share_of(fragments, rank=world.rank, world_size=world.size)
+        if self._settings.save_in_background:
+            copies = self._snapshot.of(fragments)
+            # A daemon: a run that fails does not wait for a save that nobody will commit.
+            pending.thread = threading.Thread(target=self._write, args=(pending, copies), name="save", daemon=True)
+            pending.thread.start()
+        else:
+            self._write(pending, fragments)
+        pending.stall_s = time.perf_counter() - began
+        self._pending = pending
+        return earlier
+
+    def flags(self) -> list[float]:
+        """[written, failed] of this rank, to be summed over all ranks."""
+        pending = self._pending
+        if pending is None or not pending.is_done:
+            return [0.0, 0.0]
+        return [float(pending.failure is None), float(pending.failure is not None)]
+
+    def settle(self, num_written: float, num_failed: float) -> Commit | None:
+        """Commit or drop the checkpoint once every rank is done with it. Collective then, and only then.
+
+        Raises CheckpointError when a rank could not write and train.on_save_error is stop.
+        """
+        pending, world = self._pending, self._engine.world
+        if pending is None or num_written + num_failed < world.size:
+            return None
+        self._pending = None
+        if num_failed:
+            self._drop(pending)
+            self._failed(pending.state.step, gather_texts(pending.failure or "", world=world))
+            return None
+        settling = time.perf_counter()
+
+        def seal() -> int:
+            manifest: dict[str, Any] = {}
+            for rank in range(world.size):
+                manifest |= json.loads((pending.writing / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
+            for rank in range(world.size):
+                (pending.writing / f"rank-{rank:05d}.json").unlink()
+            final = commits.commit(pending.writing, manifest)
+            settings = self._settings
+            failed = commits.prune(
+                self._directory,
+                keep=settings.keep_checkpoints,
+                keep_every=settings.keep_every,
+                keep_best=settings.keep_best,
+            )
+            for text in failed:
+                if text not in self._undeleted:
+                    logger.warning("an old checkpoint could not be deleted: %s", text)
+            self._undeleted.update(failed)
+            logger.info("committed %s", final)
+            return sum(entry["size_bytes"] for entry in manifest.values())
+
+        try:
+            size_bytes = on_main(seal, world=world, device=self._engine.device)
+        except (OSError, SftDistError) as error:
+            self._drop(pending)
+            self._failed(pending.state.step, [str(error)])
+            return None
+        self.last_step = pending.state.step
+        now = time.perf_counter()
+        stall_s = pending.stall_s + now - settling
+        return Commit(pending.state.step, size_bytes or 0, stall_s, now - pending.began)
+
+    def finish(self) -> Commit | None:
+        """Wait for the checkpoint that is being written, and commit it."""
+        if self._pending is None:
+            return None
+        waiting = time.perf_counter()
+        if self._pending.thread is not None:
+            self._pending.thread.join()
+        sums = sum_over_ranks(torch.tensor(self.flags(), device=self._engine.device)).tolist()
+        self._pending.stall_s += time.perf_counter() - waiting
+        return self.settle(*sums)
+
+    def _write(self, pending: _Pending, fragments: Sequence[Fragment]) -> None:
+        """Write this rank's part; what goes wrong is kept for the agreement of all ranks."""
+        rank = self._engine.world.rank
+        try:
+            files = [pending.writing / f"rank-{rank:05d}.safetensors"]
+            write_fragments(fragments, files[0])
+            if rank == 0:
+                files += [pending.writing / SHAPES, pending.writing / commits.STATE]
+                files[1].write_text(json.dumps(self._shapes), encoding="utf-8")
+                files[2].write_text(pending.state.to_json(), encoding="utf-8")
+            manifest = json.dumps(commits.flush(files))
+            commits.write_durably(pending.writing / f"rank-{rank:05d}.json", manifest)
+        # safetensors and torch have their own words for a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:
+            pending.failure = str(error) or type(error).__name__
+
+    def _drop(self, pending: _Pending) -> None:
+        """Give back the space of a save that failed: its lack may be why."""
+        if self._engine.world.is_main:
+            shutil.rmtree(pending.writing, ignore_errors=True)
+
+    def _failed(self, step: int, failures: Sequence[str]) -> None:
+        said = "; ".join(dict.fromkeys(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text))
+        message = f"the checkpoint of step {step} could not be written: {said}; the checkpoints before it are untouched"
+        if self._settings.on_save_error == "stop":
+            raise CheckpointError(message)
+        logger.warning("%s; the run goes on (train.on_save_error: go_on)", message)
+
+
+def weight_shapes(engine: Engine) -> dict[str, list[int]]:
+    """Shape of every trained weight, whoever holds it."""
+    named = engine.model.causal_lm.named_parameters()
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
+
+
+def restore(engine: Engine, path: Path, state: RunState) -> None:
+    """Put the state of a verified checkpoint into the engine, whatever engine and world wrote it. Collective.
+
+    Raises CheckpointError, on every rank, for another model or a weight or moment that is missing.
+    """
+    failure = ""
+    try:
+        shapes = json.loads((path / SHAPES).read_text(encoding="utf-8"))
+        if not isinstance(shapes, dict):
+            raise ValueError("is no object")
+        require_shapes(shapes, weight_shapes(engine))
+        files = [file for file in commits.named_files(path) if file.suffix == ".safetensors"]
+        read_fragments(engine.fragments(), files)
+    except (OSError, ValueError) as error:
+        failure = f"{path / SHAPES}: {error}"
+    except CheckpointError as error:
+        failure = str(error)
+    _raise_together(failure, engine, path)
+    engine.restored(state.num_updates)
+
+
+def find_good(engine: Engine, candidates: Sequence[Path], *, may_fall_back: bool) -> tuple[Path, RunState, list[str]]:
+    """The newest checkpoint of which every byte is right, its state, and what was wrong with newer ones. Collective.
+
+    candidates: newest first. may_fall_back: False when the user named it.
+    Raises CheckpointError when none is left.
+    """
+    world = engine.world
+    wrong: list[str] = []
+    for path in candidates:
+        failure, state = "", None
+        try:
+            state = commits.read_state(path)
+            commits.verify(path, part=world.rank, num_parts=world.size)
+        except CheckpointError as error:
+            failure = str(error)
+        if not any_rank(bool(failure), engine.device):
+            assert state is not None
+            return path, state, wrong
+        wrong.append(next(text for text in gather_texts(failure, world=world) if text))
+        if not may_fall_back:
+            break
+    raise CheckpointError(
+        f"no checkpoint can be gone on from: {'; '.join(wrong)}. "
+        + (
+            "Restore one from a backup, or move the checkpoints directory away to start at step 1"
+            if may_fall_back
+            else "Leave --resume-from out to take the newest good one"
+        )
+    )
+
+
+def curve_of(recipe: Recipe, *, dtype: str) -> dict[str, Any]:
+    """What decides the curve beside the draws, by key of the recipe. Launch, packing, engine and cadence do not."""
     dump = recipe.model_dump(mode="json")
     keys = {
-        "run.seed": dump["run"]["seed"],
         "model.path": dump["model"]["path"],
         "model.revision": dump["model"]["revision"],
         "model.dtype": dtype,
+        "loss": dump["loss"],
+        "train.steps": dump["train"]["steps"],
+        "train.epochs": dump["train"]["epochs"],
+        "train.spike_guard": dump["train"]["spike_guard"],
+        "run.seed": dump["run"]["seed"],
         "batch.examples": dump["batch"]["examples"],
         "batch.tokens": dump["batch"]["tokens"],
-        "loss": dump["loss"],
-        "train.steps": num_steps,
         "data.train.weight": [source["weight"] for source in dump["data"]["train"]],
         "data.train.cap": [source["cap"] for source in dump["data"]["train"]],
         "data.order": dump["data"]["order"],
         "data.held_out_share": dump["data"]["held_out_share"],
         # Without a share the seed decides nothing.
         "data.held_out_seed": dump["data"]["held_out_seed"] if dump["data"]["held_out_share"] else None,
-        "draws": draws,
     }
     return keys | {f"optim.{key}": value for key, value in dump["optim"].items()}
 
 
-def commit(engine: Engine, state: RunState, directory: Path, *, keep: int) -> Path:
-    """Write a checkpoint of every rank's state and make it the newest; then delete all but `keep`.
+@dataclass(frozen=True)
+class Changes:
+    """What is different from when a checkpoint was made, as `key: then -> now`. curve: what changes the loss curve."""
 
-    Raises CheckpointError when a rank could not write; the checkpoints before it are untouched.
+    curve: tuple[str, ...]
+    other: tuple[str, ...]
+    new_draws: bool
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a run goes on from, and what is to be said of it."""
+
+    path: Path
+    step: int
+    warnings: tuple[str, ...]
+    changes: Changes
+
+
+def changes_since(found: RunState, now: RunState) -> Changes:
+    """Compare a checkpoint's state with this run's, key by key."""
+    segments = [{"data": state.segment.data_fingerprint, "draws": state.segment.draws} for state in (found, now)]
+    return Changes(
+        curve=(*_differences(found.curve, now.curve), *_differences(*segments)),
+        other=(*_differences(found.layout, now.layout), *_differences(found.code, now.code)),
+        new_draws=segments[0] != segments[1],
+    )
+
+
+def continued(found: RunState, now: RunState, *, allow_change: bool, path: Path) -> RunState:
+    """The state to go on with: position and history of `found`, settings of `now`. Changed draws begin a new segment.
+
+    Raises CheckpointError, naming every key, when the curve would change and that was not allowed.
     """
-    final = directory / f"step-{state.step:08d}"
-    writing = directory / f".{final.name}"
-
-    def make_room() -> None:
-        for stale in [*directory.glob(".step-*"), final]:
-            if stale.exists():
-                shutil.rmtree(stale)
-        writing.mkdir(parents=True)
-
-    def seal_and_commit() -> None:
-        _seal(writing, state)
-        writing.rename(final)
-        _write_durably(final / "COMMITTED", f"{FORMAT_VERSION}\n")
-        sync(directory)
-        for old in committed(directory)[:-keep]:
-            shutil.rmtree(old)
-
-    try:
-        on_main(make_room, world=engine.world, device=engine.device)
-        engine.save(writing)
-        barrier(engine.device)
-        on_main(seal_and_commit, world=engine.world, device=engine.device)
-    # safetensors and torch have their own words for a full disk
-    except (OSError, RuntimeError, SafetensorError) as error:
+    changes = changes_since(found, now)
+    if changes.curve and not allow_change:
         raise CheckpointError(
-            f"{writing}: could not be written: {error}; the checkpoints before it are untouched"
-        ) from None
-    return final
-
-
-def committed(directory: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    return [path for path in sorted(directory.glob("step-*")) if is_committed(path)]
-
-
-def step_of(path: Path) -> int:
-    """The step after which a checkpoint was made."""
-    return int(path.name.removeprefix("step-"))
-
-
-def is_committed(path: Path) -> bool:
-    return (path / "COMMITTED").is_file()
-
-
-def read_state(path: Path) -> RunState:
-    """Verify a checkpoint, every byte of it, and return its state. Raises CheckpointError naming the file."""
-    if not is_committed(path):
-        raise CheckpointError(
-            f"{path}: not a committed checkpoint; choose one of {[p.name for p in committed(path.parent)]}"
+            f"{path} was made under other settings: {'; '.join(changes.curve)}. Put them back as they were, give the "
+            "run a new run.name, or go on with --allow-change: weights, moments and step are kept, the curve is another"
         )
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            found = _describe(path / name)
-            if found != expected:
-                raise CheckpointError(
-                    f"{path / name}: is {found}, the manifest says {expected}; "
-                    f"delete {path} to go on from an older checkpoint"
-                )
-        return RunState(**json.loads((path / "run_state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: broken: {error}; delete it to go on from an older checkpoint") from None
+    segments = found.segments
+    if changes.new_draws:
+        segments = (*segments, replace(now.segment, after_step=found.step))
+    return replace(found, curve=now.curve, layout=now.layout, code=now.code, segments=segments)
 
 
-def require_same_run(found: RunState, expected: RunState, path: Path) -> None:
-    """Refuse to go on from a checkpoint whose continuation would not be this run's curve. Names every key."""
-    changed = [
-        f"{key}: {found.curve.get(key)!r} then, {expected.curve.get(key)!r} now"
-        for key in {**found.curve, **expected.curve}
-        if found.curve.get(key) != expected.curve.get(key)
+def first_state(*, curve: dict[str, Any], segment: Segment, layout: dict[str, Any], code: dict[str, str]) -> RunState:
+    """The state before step 1."""
+    return RunState(step=0, num_updates=0, curve=curve, segments=(segment,), layout=layout, code=code)
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
     ]
-    for key in ("data_fingerprint", "engine", "world_size"):
-        then, now = getattr(found, key), getattr(expected, key)
-        if then != now:
-            changed.append(f"{key}: {then!r} then, {now!r} now")
-    if changed:
-        raise CheckpointError(
-            f"{path} belongs to another run: {'; '.join(changed)}. "
-            "Put it back as it was, or give the run a new run.name"
-        )
 
 
-def _seal(directory: Path, state: RunState) -> None:
-    _write_durably(directory / "run_state.json", json.dumps(asdict(state), indent=2))
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in files:
-        file.chmod(0o666 & ~umask)  # torch.save and safetensors disagree about modes
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    manifest = {str(file.relative_to(directory)): _describe(file) for file in files}
-    _write_durably(directory / "manifest.json", json.dumps(manifest, indent=2))
-    sync(directory)
+def _raise_together(failure: str, engine: Engine, path: Path) -> None:
+    """Raise CheckpointError on every rank when one has a failure."""
+    if any_rank(bool(failure), engine.device):
+        said = next(text for text in gather_texts(failure, world=engine.world) if text)
+        raise CheckpointError(f"{path}: {said}")
 
 
-def _describe(file: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as handle:
-        while block := handle.read(2**24):
-            digest.update(block)
-    return {"size_bytes": file.stat().st_size, "xxh3": digest.hexdigest()}
-
-
-def _write_durably(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())

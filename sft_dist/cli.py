@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from sft_dist import __version__
 from sft_dist.errors import SftDistError
+from sft_dist.redact import RedactingFilter, redacted
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -16,13 +17,16 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; errors meant for the user become one line each on stderr and an exit code."""
     arguments = parse(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    console = logging.StreamHandler(sys.stderr)
+    console.addFilter(RedactingFilter())
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[console])
     verb: Callable[[argparse.Namespace], int] = arguments.verb
     try:
         return verb(arguments)
     except SftDistError as error:
         if error.is_local or _is_main():
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+            lines = redacted(str(error)).splitlines()
+            print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
         return 0
@@ -61,15 +65,50 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_train(verbs: "Verbs") -> None:
+    """train, launch, checkpoints, sync"""
     train = _recipe_verb(
         verbs,
         "train",
         _train,
         "prepare, train and export; start it through accelerate launch or torchrun for many processes",
     )
+    _add_train_flags(train)
+
+    launch = _recipe_verb(
+        verbs, "launch", _launch, "train in one process per GPU of this machine; signals stop it in order"
+    )
+    _add_train_flags(launch)
+    launch.add_argument(
+        "--processes", type=_count_from(1), metavar="N", help="processes (default: one per visible GPU, or one)"
+    )
+    launch.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
+
+    checkpoints = verbs.add_parser("checkpoints", help="list a run's checkpoints and verify every byte of them")
+    checkpoints.add_argument("run", type=Path, help="a run's directory, e.g. runs/clinic")
+    checkpoints.set_defaults(verb=_checkpoints)
+
+    sync = verbs.add_parser("sync", help="send a run's metrics to wandb, now or again")
+    sync.add_argument("run", type=Path, help="a run's directory, e.g. runs/clinic")
+    sync.add_argument("--project", help="default: the recipe's wandb.project")
+    sync.add_argument("--mode", choices=("online", "offline"), default="online")
+    sync.set_defaults(verb=_sync)
+
+
+def _add_train_flags(train: argparse.ArgumentParser) -> None:
+    """The flags of train, which launch hands on."""
     train.add_argument("--engine", help="shorthand for train.engine=...")
-    train.add_argument(
+    choice = train.add_mutually_exclusive_group()
+    choice.add_argument(
         "--no-resume", action="store_true", help="refuse to go on from checkpoints that the run directory holds"
+    )
+    choice.add_argument(
+        "--resume-from", metavar="WHERE", help="go on from this step, checkpoint directory or `latest`, or refuse"
+    )
+    train.add_argument(
+        "--allow-change", action="store_true", help="go on from a checkpoint although the curve will be another"
+    )
+    train.add_argument(
+        "--trust-checkpoint", action="store_true", help="go on from a checkpoint that others own or may write"
     )
     train.add_argument("--profile", action="store_true", help="profile steps 3 to 5 into <run>/profile")
 
@@ -164,7 +203,31 @@ def _recipe_path(name: str) -> Path:
     return path if path.is_file() or name not in shipped else shipped[name]
 
 
+def _launch(arguments: argparse.Namespace) -> int:
+    from sft_dist.config import load_recipe
+    from sft_dist.launch import launch
+
+    recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
+    flags = [flag for flag in ("no_resume", "allow_change", "trust_checkpoint", "profile") if getattr(arguments, flag)]
+    words = [arguments.recipe, *arguments.overrides, *(f"--{flag.replace('_', '-')}" for flag in flags)]
+    for flag in ("engine", "resume_from"):
+        if (value := getattr(arguments, flag)) is not None:
+            words += [f"--{flag.replace('_', '-')}", value]
+    return launch(recipe, words, num_processes=arguments.processes, dry_run=arguments.dry_run)
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from sft_dist.wandb_sync import sync_run
+
+    num_lines = sync_run(arguments.run, project=arguments.project, mode=arguments.mode)
+    print(f"{num_lines} records of {arguments.run} are with wandb ({arguments.mode})")
+    return 0
+
+
 def _train(arguments: argparse.Namespace) -> int:
+    from sft_dist.world import stop_when_orphaned
+
+    stop_when_orphaned()
     from sft_dist.config import load_recipe
 
     overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
@@ -172,19 +235,50 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from sft_dist.console import make_console
     from sft_dist.engine.collectives import leave_process_group
+    from sft_dist.job import ResumeOptions
     from sft_dist.train import run
 
+    resume = ResumeOptions(
+        forbid=arguments.no_resume,
+        start=arguments.resume_from,
+        allow_change=arguments.allow_change,
+        trust=arguments.trust_checkpoint,
+    )
     try:
-        result = run(recipe, console=make_console(), resume=not arguments.no_resume, profile=arguments.profile)
+        result = run(recipe, console=make_console(), resume=resume, profile=arguments.profile)
     finally:
         leave_process_group()
     if _is_main():
         if result.finished:
-            withheld = f", {result.num_withheld} updates WITHHELD (gradient not finite)" * bool(result.num_withheld)
+            withheld = f", {result.num_withheld} updates WITHHELD" * bool(result.num_withheld)
             print(f"done: step {result.step}{withheld}, model in {result.model_dir}")
         else:
             print(f"stopped on request after step {result.step}; the same command goes on from there")
     return 0
+
+
+def _checkpoints(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from sft_dist.commits import list_checkpoints
+    from sft_dist.console import make_console
+    from sft_dist.errors import ConfigError
+    from sft_dist.run_files import CHECKPOINTS
+
+    directory = arguments.run / CHECKPOINTS
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such directory; name a run's directory, such as runs/<name>")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("checkpoint", "size", "loss", "held-out", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("checkpoint", "verdict") else "right")
+    all_good = True
+    for found in list_checkpoints(directory):
+        all_good &= found.is_good or found.step is None
+        losses = (found.state.loss, found.state.held_out_loss) if found.state else (None, None)
+        numbers = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        table.add_row(found.path.name, f"{found.size_bytes / 1e6:,.1f} MB", *numbers, found.verdict)
+    make_console().print(table, markup=False, highlight=False)
+    return 0 if all_good else 1
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

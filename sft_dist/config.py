@@ -81,7 +81,9 @@ class RunSection(Section):
 class ModelSection(Section):
     path: str = Field(min_length=1, description="a directory or a hub id, as `from_pretrained` takes it")
     revision: str | None = Field(None, description="a hub commit, branch or tag")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; needs `revision`")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; needs a commit as `revision`"
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="compute dtype; auto: bf16 on GPU, fp32 on CPU. Master weights are fp32"
     )
@@ -97,6 +99,11 @@ class ModelSection(Section):
         if self.trust_remote_code and self.revision is None:
             raise ValueError(
                 "model.trust_remote_code needs model.revision, so that the code that runs is the code you read"
+            )
+        is_local = Path(self.path).is_dir()
+        if self.trust_remote_code and not is_local and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                "model.trust_remote_code needs a commit as model.revision, 40 hex digits: a branch or a tag can move"
             )
         return self
 
@@ -223,13 +230,29 @@ class TrainSection(Section):
     save_every: int | None = Field(
         None, ge=1, description="steps between checkpoints; one is always made after the last step"
     )
+    save_in_background: bool = Field(
+        True, description="copy to host memory, train on, and write behind; false: training waits for the disk"
+    )
+    on_save_error: Literal["stop", "go_on"] = Field(
+        "stop", description="when a checkpoint cannot be written, as on a full disk; older ones are kept either way"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="older ones are deleted after a newer one is committed")
-    timeout_s: float = Field(1800.0, gt=0, description="longest wait in a collective, in seconds")
+    keep_every: int | None = Field(None, ge=1, description="keep those of every so many steps for ever")
+    keep_best: int = Field(0, ge=0, description="keep so many with the least held-out loss, measured at their step")
+    max_withheld: int = Field(10, ge=1, description="stop when so many updates in a row had to be withheld")
+    spike_guard: float | None = Field(
+        None, gt=1, description="withhold an update whose loss is above so many times the median of the last 32"
+    )
+    timeout_s: float = Field(
+        1800.0, gt=0, description="longest time without progress on any process, in seconds; then the run is ended"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give either train.epochs or train.steps")
+        if self.keep_best and self.eval_every is None:
+            raise ValueError("train.keep_best needs train.eval_every: it keeps what the held-out loss calls best")
         if self.deepspeed is not None and not self.engine.startswith("zero"):
             raise ValueError(f"train.deepspeed is a file for the zero engines, and train.engine is {self.engine}")
         return self

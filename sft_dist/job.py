@@ -1,6 +1,6 @@
 """All that a run needs to know before any process group forms, and every refusal that is possible by then."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from sft_dist import checkpoint
-from sft_dist.checkpoint import RunState
+from sft_dist import checkpoint, commits, package_files
+from sft_dist.commits import RunState, Segment
 from sft_dist.config import Recipe
 from sft_dist.data.batch import MicroBatch, build_micro_batch, token_weights
 from sft_dist.data.chat import ChatTokenizer
@@ -20,12 +20,28 @@ from sft_dist.data.store import TokenStore
 from sft_dist.engine.collectives import choose_device
 from sft_dist.engine.start import resolve_engine, zero_knobs
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.metrics import last_commit
 from sft_dist.model.attention import Backend, choose_backend
 from sft_dist.model.load import PackedModel, check_context, compute_dtype, load_model, read_config
+from sft_dist.run_files import CHECKPOINTS, METRICS
 from sft_dist.world import World, check_launcher_agrees, read_world
 
 # The check before step 1 runs eager attention, whose memory grows with the square of a document.
 PROBE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """How a run deals with checkpoints that are there.
+
+    forbid: refuse to go on. start: go on from this one, a step, a path or "latest", or refuse; None: from the newest
+    good one, if there is any. allow_change: go on where the curve will be another. trust: whoever made it.
+    """
+
+    forbid: bool = False
+    start: str | None = None
+    allow_change: bool = False
+    trust: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class Job:
 
     held_out_store: where the examples that are only measured lie, `store` itself with data.held_out_share; None
     without any. held_out_ids: `[N]`, which of it. draws: fingerprint of what is drawn and how it is cut into steps.
-    pack_tokens: None for one example a pack. start_from: None for a fresh run.
+    pack_tokens: None for one example a pack. candidates: checkpoints to go on from, newest first; none for a fresh run.
     """
 
     recipe: Recipe
@@ -50,7 +66,8 @@ class Job:
     pack_tokens: int | None
     schedule: Schedule
     draws: str
-    start_from: Path | None
+    candidates: tuple[Path, ...]
+    resume: ResumeOptions
 
     @property
     def longest_example(self) -> int:
@@ -59,25 +76,33 @@ class Job:
     @property
     def identity(self) -> str:
         """What every rank must have found alike: data, length of the run, and where it goes on from."""
-        start = self.start_from.name if self.start_from else None
+        start = [path.name for path in self.candidates]
         held_out = self.held_out_store.fingerprint if self.held_out_store else None
-        return f"{self.store.fingerprint} {held_out} {self.schedule.num_steps} {start} {self.first_state.curve}"
+        return f"{held_out} {self.schedule.num_steps} {start} {self.first_state}"
 
     @property
     def first_state(self) -> RunState:
         """The state before step 1."""
-        return RunState(
-            step=0,
-            data_fingerprint=self.store.fingerprint,
-            curve=checkpoint.curve_of(
-                self.recipe,
-                num_steps=self.schedule.num_steps,
-                dtype=str(self.dtype).removeprefix("torch."),
-                draws=self.draws,
-            ),
-            engine=self.engine_name,
-            world_size=self.world.size,
+        layout = {
+            "processes": self.world.size,
+            "train.engine": self.engine_name,
+            "batch.pack_tokens": self.pack_tokens,
+            "model.attention": self.backend.name,
+            "model.checkpointing": self.recipe.model.checkpointing,
+            "device": self.device.type,
+        }
+        return checkpoint.first_state(
+            curve=checkpoint.curve_of(self.recipe, dtype=str(self.dtype).removeprefix("torch.")),
+            segment=Segment(0, self.store.fingerprint, self.draws),
+            layout=layout,
+            code=package_files.code_identity(),
         )
+
+    def continuing(self, state: RunState) -> "Job":
+        """This job with the steps of the segment that `state` draws from."""
+        if state.segment.after_step == 0:
+            return self
+        return replace(self, schedule=schedule_of(self.recipe, self.store, after_step=state.segment.after_step))
 
     def load_model(self) -> PackedModel:
         """Read the weights; under ZeRO-3 each rank keeps its part."""
@@ -91,11 +116,11 @@ class Job:
         )
 
     def probe_batch(self) -> MicroBatch:
-        """A pack of three examples of step 1, the shortest, a middling and the longest; equal on all ranks.
+        """A pack of three examples of the first step, the shortest, a middling and the longest; equal on all ranks.
 
         From the whole store when the step has fewer; not above PROBE_TOKENS each where there are such.
         """
-        _, ids = self.schedule.example_ids(1)
+        _, ids = self.schedule.example_ids(self.schedule.first_step)
         pool = dict.fromkeys(ids.tolist() if len(set(ids.tolist())) >= 3 else range(len(self.store)))
         by_length = sorted(pool, key=lambda i: int(self.store.lengths[i]))
         fitting = [i for i in by_length if self.store.lengths[i] <= PROBE_TOKENS]
@@ -106,7 +131,7 @@ class Job:
         return build_micro_batch(self.store, tuple(chosen), weight_of, is_last=False).to(self.device)
 
 
-def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
+def plan_job(recipe: Recipe, *, console: Console, resume: ResumeOptions) -> Job:
     """Check the recipe against launcher, machine and data, preparing the data if need be.
 
     Raises ConfigError, DataError, BackendError or CheckpointError; nothing has been started by then.
@@ -146,10 +171,12 @@ def plan_job(recipe: Recipe, *, console: Console, resume: bool) -> Job:
         tokenizer=ChatTokenizer.load(section.path, revision=section.revision, chat_template=recipe.data.chat_template),
         pack_tokens=_checked_pack_tokens(recipe, [store, held_out_store]),
         schedule=schedule,
-        draws=fingerprint_of(recipe, store, num_steps=schedule.num_steps),
-        start_from=_find_checkpoint(recipe, resume=resume),
+        draws=fingerprint_of(recipe, store),
+        candidates=_find_checkpoints(recipe, resume),
+        resume=resume,
     )
     check_context(config, longest_example=job.longest_example)
+    _refuse_early(job)
     return job
 
 
@@ -168,10 +195,39 @@ def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int
     return recipe.pack_tokens
 
 
-def _find_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:
-    found = checkpoint.committed(recipe.run.path / "checkpoints")
-    if found and not resume:
+def _find_checkpoints(recipe: Recipe, resume: ResumeOptions) -> tuple[Path, ...]:
+    """What a run may go on from, newest first. Raises CheckpointError where something must be there and is not."""
+    directory = recipe.run.path / CHECKPOINTS
+    found = tuple(reversed(commits.committed(directory)))
+    if found and resume.forbid:
         raise CheckpointError(
-            f"{recipe.run.path} already holds checkpoints up to {found[-1].name}; resume it, or choose another run.name"
+            f"{recipe.run.path} already holds checkpoints up to {found[0].name}; resume it, or choose another run.name"
         )
-    return found[-1] if found else None
+    if resume.start not in (None, "latest"):
+        path = directory / commits.name_of(int(resume.start)) if resume.start.isdigit() else Path(resume.start)
+        if not path.is_dir():
+            names = ", ".join(known.name for known in found) or "none"
+            raise CheckpointError(f"--resume-from {resume.start}: there is no {path}; there are: {names}")
+        found = (path,)
+    elif not found:
+        last = last_commit(recipe.run.path / METRICS)
+        if last is not None or resume.start == "latest":
+            was = f"step {last} was committed and" if last is not None else "--resume-from latest, and"
+            raise CheckpointError(
+                f"{directory}: {was} no committed checkpoint is here; put it back, or choose another run.name: "
+                "a run that was begun does not start again at step 1 by itself"
+            )
+    if not resume.trust:
+        for path in found:
+            commits.require_trusted(path)
+    return found
+
+
+def _refuse_early(job: Job) -> None:
+    """Refuse to go on under settings that change the curve, as far as can be told before bytes are verified."""
+    for path in job.candidates[:1]:
+        try:
+            state = commits.read_state(path)
+        except CheckpointError:
+            return  # broken: all ranks together look for a good one
+        checkpoint.continued(state, job.first_state, allow_change=job.resume.allow_change, path=path)

@@ -5,6 +5,7 @@ the next `attempt`; readers take the last attempt of a step and ignore a torn la
 """
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 
 from sft_dist.data.batch import StepBatch
 from sft_dist.engine.interface import StepResult
@@ -30,8 +33,11 @@ class StepMetrics:
     grad_norm: float
     """Global L2 norm before clipping."""
     applied: bool
-    """False: the gradient was not finite and the update was withheld on all ranks."""
+    withheld: str | None
+    """Why the update was withheld on all ranks, if it was."""
     examples: int
+    batch: str
+    """16 hex digits over the ids of the examples, in order: equal ones trained the same."""
     tokens: int
     response_tokens: int
     tokens_per_s: float
@@ -57,11 +63,36 @@ class HeldOutMetrics:
     attempt: int
 
 
+@dataclass(frozen=True)
+class CommitMetrics:
+    """A checkpoint that was committed. stall_s: seconds that training stood still for it, of `seconds` in all."""
+
+    step: int
+    size_bytes: int
+    stall_s: float
+    seconds: float
+    attempt: int
+
+
+@dataclass(frozen=True)
+class ChangeMetrics:
+    """The run went on after `step` under other settings, as --allow-change lets it: from here the curve is another."""
+
+    step: int
+    changed: tuple[str, ...]
+    attempt: int
+
+
+Metrics = StepMetrics | HeldOutMetrics | CommitMetrics | ChangeMetrics
+EVENTS = {StepMetrics: "step", HeldOutMetrics: "held_out", CommitMetrics: "commit", ChangeMetrics: "change"}
+
+
 def step_metrics(
     batch: StepBatch,
     result: StepResult,
     *,
     loss: float,
+    withheld: str | None,
     lr: float,
     seconds: float,
     device: torch.device,
@@ -75,7 +106,9 @@ def step_metrics(
         lr=lr,
         grad_norm=result.grad_norm,
         applied=result.applied,
+        withheld=withheld,
         examples=batch.num_examples,
+        batch=xxhash.xxh3_64_hexdigest(np.ascontiguousarray(batch.example_ids, dtype=np.int64).tobytes()),
         tokens=batch.num_tokens,
         response_tokens=batch.num_responses,
         tokens_per_s=batch.num_tokens / seconds,
@@ -95,10 +128,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def to_line(metrics: StepMetrics | HeldOutMetrics) -> dict[str, Any]:
-    """The JSON object of a line; `event` tells the two kinds apart."""
-    event = "step" if isinstance(metrics, StepMetrics) else "held_out"
-    return {"event": event} | asdict(metrics)
+def to_line(metrics: Metrics) -> dict[str, Any]:
+    """The JSON object of a line; `event` tells the kinds apart."""
+    return {"event": EVENTS[type(metrics)]} | asdict(metrics)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -119,3 +151,39 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
 def read_held_out(path: Path) -> dict[int, dict[str, Any]]:
     """The last attempt of each held-out loss, by step."""
     return {line["step"]: line for line in read_lines(path) if line["event"] == "held_out"}
+
+
+def last_commit(path: Path) -> int | None:
+    """The step of the last checkpoint that was ever committed; None if none was."""
+    return max((line["step"] for line in read_lines(path) if line["event"] == "commit"), default=None)
+
+
+class Replay:
+    """What earlier attempts wrote of the steps that are trained again: the same must come out.
+
+    tolerance: relative and absolute difference of losses that rounding may make; the batch and the rate must be equal.
+    """
+
+    def __init__(self, path: Path, *, after_step: int, tolerance: float) -> None:
+        self._tolerance = tolerance
+        self._earlier: dict[int, dict[str, Any]] = {}
+        for line in read_lines(path):
+            if line["event"] == "change":  # what came before it is another curve
+                self._earlier = {step: old for step, old in self._earlier.items() if step <= line["step"]}
+            elif line["event"] == "step" and line["step"] > after_step:
+                self._earlier[line["step"]] = line
+
+    def difference(self, metrics: StepMetrics) -> str | None:
+        """What is not as it was when this step was trained before, in words; None when all is, or it never was."""
+        then = self._earlier.pop(metrics.step, None)
+        if then is None:
+            return None
+        for key in ("batch", "lr", "examples", "response_tokens"):
+            if then[key] != getattr(metrics, key):
+                return f"{key} was {then[key]}, is {getattr(metrics, key)}"
+        was, now = then["loss"], metrics.loss
+        if was is None or not math.isfinite(now):
+            return None if (was is None) != math.isfinite(now) else f"loss was {was}, is {now}"
+        if abs(now - was) > self._tolerance * (1 + abs(was)):
+            return f"loss was {was:.9g}, is {now:.9g}"
+        return None

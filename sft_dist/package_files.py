@@ -1,7 +1,12 @@
 """Recipes, DeepSpeed and accelerate files that come with the package, in a checkout and in an installed wheel."""
 
+import importlib.metadata
+import platform
 from pathlib import Path
 
+import xxhash
+
+from sft_dist import __version__
 from sft_dist.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent
@@ -21,3 +26,17 @@ def find(name: str) -> Path:
 def recipes() -> list[Path]:
     """Shipped recipes, sorted by name."""
     return sorted((CONFIGS / "recipes").glob("*.yaml"))
+
+
+def code_identity() -> dict[str, str]:
+    """What computes: this package, by version and by a hash of its source, and the libraries under it."""
+    digest = xxhash.xxh3_64()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(file.relative_to(_PACKAGE).as_posix().encode() + file.read_bytes())
+    versions = {"sft_dist": f"{__version__}+{digest.hexdigest()}", "python": platform.python_version()}
+    for name in ("torch", "transformers", "deepspeed"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,28 +1,32 @@
 """Where metrics go: the JSONL file, the console, wandb. Rank 0 only; other ranks get a tracker that does nothing."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft_dist.config import Recipe
-from sft_dist.metrics import HeldOutMetrics, StepMetrics, to_line
+from sft_dist.metrics import ChangeMetrics, CommitMetrics, HeldOutMetrics, Metrics, Replay, StepMetrics, to_line
+from sft_dist.redact import redacted, redacted_tree
+from sft_dist.run_files import METRICS
+from sft_dist.wandb_process import Start, WandbFailureError, WandbProcess, make_run_id
 
 logger = logging.getLogger(__name__)
-
-Metrics = StepMetrics | HeldOutMetrics
 
 
 class Tracker(Protocol):
     def log(self, metrics: Metrics) -> None: ...
-    def close(self) -> None: ...
+    def close(self, *, failed: bool = False) -> None:
+        """failed: the run ends by an error."""
 
 
 class Trackers:
@@ -41,25 +45,44 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        with contextlib.ExitStack() as closing:  # all are closed, though the file of one may be on a full disk
+            for tracker in reversed(self._trackers):
+                closing.callback(tracker.close, failed=kind is not None)
 
 
 class JsonlTracker:
-    """Appends one line per record, and repairs a torn last line first: a crash may have cut it."""
+    """Appends one line per record, and repairs a torn last line first: a crash may have cut it.
 
-    def __init__(self, path: Path) -> None:
+    may_wait: lines that a full disk does not take are kept and written when it does; otherwise `log` raises OSError.
+    """
+
+    def __init__(self, path: Path, *, may_wait: bool = False) -> None:
+        self._path, self._may_wait = path, may_wait
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def log(self, metrics: Metrics) -> None:
         # NaN and infinity are not JSON; a withheld step says null.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in to_line(metrics).items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        was_waiting = bool(self._waiting)
+        self._waiting += json.dumps(line).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(self._waiting)
+            if written < len(self._waiting):  # what a disk does that is full from here on
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            if not self._may_wait:
+                raise
+            if not was_waiting:
+                logger.warning("%s: %s; lines are kept until it can be written again", self._path, error.strerror)
+            return
+        self._waiting = b""
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         self._file.close()
 
 
@@ -88,7 +111,16 @@ class ConsoleTracker:
                 highlight=False,
             )
             return
-        skipped = "" if metrics.applied else "  SKIPPED: gradient not finite"
+        if isinstance(metrics, CommitMetrics):
+            self._console.print(
+                f"checkpoint of step {metrics.step}: {metrics.size_bytes / 1e6:,.1f} MB in {metrics.seconds:.1f} s, "
+                f"training stood still for {metrics.stall_s:.2f} s",
+                highlight=False,
+            )
+            return
+        if isinstance(metrics, ChangeMetrics):
+            return  # the banner says it
+        skipped = f"  SKIPPED: {metrics.withheld}" * (not metrics.applied)
         numbers = (
             f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  |g| {metrics.grad_norm:.3f}  "
             f"{metrics.tokens_per_s:,.0f} tok/s{skipped}"
@@ -100,54 +132,96 @@ class ConsoleTracker:
         ):
             self._console.print(f"step {metrics.step}/{self._num_steps}  {numbers}", highlight=False)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         if self._progress is not None:
             self._progress.stop()
 
 
 class WandbTracker:
-    """Best effort: the first failure is said once, and the run goes on; metrics.jsonl has everything."""
+    """Best effort, in a process of its own: the first failure is said once, and the run goes on.
 
-    def __init__(self, recipe: Recipe) -> None:
+    `log` never waits and never raises, whatever wandb does; `metrics.jsonl` has everything.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        init_timeout_s: float = 30.0,
+        finish_timeout_s: float = 15.0,
+        close_timeout_s: float = 20.0,
+    ) -> None:
+        """close_timeout_s: the longest that `close` waits; above finish_timeout_s, when wandb gives up by itself."""
         assert recipe.wandb is not None
-        self._run: Any = None
-        settings = recipe.wandb
-
-        def start() -> None:
-            import wandb
-
-            run = recipe.run
-            self._run = wandb.init(
-                project=settings.project,
-                name=run.name,
-                dir=str(run.path),
-                mode=settings.mode,
-                config=recipe.model_dump(mode="json"),
+        self._run_dir = recipe.run.path
+        self._close_timeout_s = close_timeout_s
+        self._process: WandbProcess | None = None
+        try:
+            start = Start(
+                project=recipe.wandb.project,
+                name=recipe.run.name,
+                id=make_run_id(recipe.run.path),
+                dir=str(recipe.run.path.resolve()),
+                mode=recipe.wandb.mode,
+                config=redacted_tree(recipe.model_dump(mode="json")),
+                resume="allow",
+                stats_pid=os.getpid(),
+                init_timeout_s=init_timeout_s,
+                finish_timeout_s=finish_timeout_s,
             )
+            self._process = WandbProcess(start)
+        except (OSError, WandbFailureError) as error:
+            self._give_up(error)
 
-        self._try(start)
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs wandb; None after a failure."""
+        return None if self._process is None else self._process.pid
 
     def log(self, metrics: Metrics) -> None:
-        if self._run is not None:
-            self._try(lambda: self._run.log(to_line(metrics), step=metrics.step))
+        if self._process is not None:
+            try:
+                self._process.send(to_line(metrics))
+            except WandbFailureError as failure:
+                self._give_up(failure)
 
-    def close(self) -> None:
-        if self._run is not None:
-            self._try(self._run.finish)
+    def close(self, *, failed: bool = False) -> None:
+        if self._process is not None:
+            try:
+                self._process.finish(exit_code=int(failed), timeout_s=self._close_timeout_s)
+            except WandbFailureError as failure:
+                self._give_up(failure)
+            self._process = None
 
-    def _try(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever a tracker does, it never stops a run
-            logger.warning("wandb is off for this run: %s: %s", type(error).__name__, error)
-            self._run = None
+    def _give_up(self, error: Exception) -> None:
+        self._process = None
+        logger.warning(
+            "wandb is off for this run: %s; training goes on, and `sft-dist sync %s` sends the metrics later",
+            redacted(str(error)),
+            self._run_dir,
+        )
 
 
-def start_trackers(recipe: Recipe, *, console: Console, num_steps: int, done: int) -> Trackers:
+class ReplayTracker:
+    """Warns when a step that was trained before comes out differently."""
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+
+    def log(self, metrics: Metrics) -> None:
+        if isinstance(metrics, StepMetrics) and (difference := self._replay.difference(metrics)):
+            logger.warning("step %d was trained before, and %s", metrics.step, difference)
+
+    def close(self, *, failed: bool = False) -> None:
+        pass
+
+
+def start_trackers(recipe: Recipe, *, console: Console, num_steps: int, done: int, replay: Replay) -> Trackers:
     """The trackers of rank 0."""
     trackers: list[Tracker] = [
-        JsonlTracker(recipe.run.path / "metrics.jsonl"),
+        JsonlTracker(recipe.run.path / METRICS, may_wait=recipe.train.on_save_error == "go_on"),
         ConsoleTracker(console, num_steps=num_steps, done=done),
+        ReplayTracker(replay),
     ]
     if recipe.wandb is not None:
         trackers.append(WandbTracker(recipe))

@@ -3,38 +3,69 @@
 import contextlib
 import functools
 import json
+import logging
+import os
 import shutil
+import socket
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from sft_dist import checkpoint
+from sft_dist import checkpoint, commits
 from sft_dist.banner import show_banner
-from sft_dist.checkpoint import RunState
+from sft_dist.checkpoint import Commit, Continuation, Saver
+from sft_dist.commits import RunState
 from sft_dist.config import Recipe
 from sft_dist.data.batch import StepBatch, load_steps
 from sft_dist.data.schedule import CostModel, global_batches
-from sft_dist.engine.collectives import on_main, require_agreement, sum_over_ranks
+from sft_dist.data.store import TokenStore
+from sft_dist.engine.collectives import (
+    gather_texts,
+    join_process_group,
+    on_main,
+    require_agreement,
+    sum_over_ranks,
+    write_flight_record,
+)
 from sft_dist.engine.interface import Engine
 from sft_dist.engine.start import start_engine
-from sft_dist.errors import ConfigError
+from sft_dist.errors import CheckpointError, ConfigError, NotFiniteError, SftDistError
 from sft_dist.evaluate import HeldOutSet, evaluating
-from sft_dist.job import Job, plan_job
-from sft_dist.metrics import HeldOutMetrics, read_steps, step_metrics
+from sft_dist.guard import reason_to_withhold
+from sft_dist.job import Job, ResumeOptions, plan_job
+from sft_dist.metrics import (
+    ChangeMetrics,
+    CommitMetrics,
+    HeldOutMetrics,
+    Replay,
+    read_steps,
+    step_metrics,
+)
 from sft_dist.model.load import align_generation, export_model
 from sft_dist.model.verify import require_own_loss
 from sft_dist.oom import explained_out_of_memory
 from sft_dist.optim import build_adamw, lr_at
 from sft_dist.quiet import quiet_libraries
+from sft_dist.rank_log import flight_recorder_env, per_rank_log
+from sft_dist.redact import redacted
+from sft_dist.run_files import CHECKPOINTS, CONFIG, INTERRUPTED, LOCK, LOGS, METRICS, MODEL, RUN_JSON, STOP_FILE
 from sft_dist.trackers import Trackers, start_trackers
+from sft_dist.watchdog import Watchdog
 from sft_dist.world import StopRequest, World
 
-STOP_FILE = "STOP"
+logger = logging.getLogger(__name__)
+
+REPLAY_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""What a step's loss may differ by, relatively, when it is trained again: on as many processes it is bit for bit the
+same on a CPU, on others it is rounded differently."""
+NUM_NAMED = 20
+"""Examples that are named when the training stops because of them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +76,7 @@ class RunResult:
     finished: bool
     model_dir: Path | None
     num_withheld: int
-    """Steps whose gradient was not finite, over all attempts."""
+    """Steps that updated nothing, over all attempts."""
 
 
 def train_loop(
@@ -55,106 +86,171 @@ def train_loop(
     *,
     recipe: Recipe,
     num_steps: int,
+    store: TokenStore,
     held_out: HeldOutSet | None,
+    saver: Saver,
     trackers: Trackers,
     stop: StopRequest,
+    watchdog: Watchdog,
     attempt: int,
     profiler: "torch.profiler.profile | None" = None,
 ) -> RunState:
     """Train until the last step or a stop request; the state it returns is committed."""
     started = time.perf_counter()
     for batch in steps:
-        loss = torch.zeros((), dtype=torch.float64, device=engine.device)
+        shares = []
         for index, micro in enumerate(batch.micros):
+            watchdog.progress(step=batch.step, phase=f"micro-batch {index + 1} of {len(batch.micros)}")
             seed_forward(recipe.run.seed, batch.step, engine.world.rank, index)
             with engine.accumulate(is_last=micro.is_last):
                 share = engine(micro)  # this rank's share of the global loss: weights are final
                 engine.backward(share)
-            loss += share.detach()
+            shares.append(share.detach().double())
+        asked = stop_requested(stop, recipe, engine.world)
+        told = torch.tensor([asked, *saver.flags()], dtype=torch.float64, device=engine.device)
+        loss, num_asked, *saved = sum_over_ranks(torch.cat([torch.stack(shares).sum()[None], told])).tolist()
+        withheld = reason_to_withhold(loss, state.recent_losses, spike_guard=recipe.train.spike_guard)
         lr = lr_at(batch.step, optim=recipe.optim, num_steps=num_steps)
-        result = engine.step(lr=lr)
-        state = state.next()  # a withheld step advances too
-        asked = torch.full_like(loss, stop_requested(stop, recipe, engine.world))
-        global_loss, num_asked = sum_over_ranks(torch.stack([loss, asked])).tolist()
-        trackers.log(
-            step_metrics(
-                batch,
-                result,
-                loss=global_loss,
-                lr=lr,
-                seconds=time.perf_counter() - started,
-                device=engine.device,
-                attempt=attempt,
-            )
+        result = engine.step(lr=lr, withhold=withheld is not None)
+        if not result.applied:
+            withheld = withheld or "gradient not finite"
+        state = state.after(loss, applied=result.applied)
+        metrics = step_metrics(
+            batch,
+            result,
+            loss=loss,
+            withheld=withheld,
+            lr=lr,
+            seconds=time.perf_counter() - started,
+            device=engine.device,
+            attempt=attempt,
         )
+        trackers.log(metrics)
+        log_commit(saver.settle(*saved), trackers, attempt=attempt)
         if profiler is not None:
             profiler.step()
+        if state.withheld_in_a_row >= recipe.train.max_withheld:
+            log_commit(saver.finish(), trackers, attempt=attempt)
+            raise not_finite(engine, batch, shares, store=store, reason=withheld or "", state=state)
         is_end = batch.step == num_steps
         if held_out is not None and (is_end or is_due(recipe.train.eval_every, batch.step)):
-            measure_held_out(engine, held_out, step=batch.step, trackers=trackers, attempt=attempt)
+            watchdog.progress(step=batch.step, phase="held-out loss")
+            loss = measure_held_out(engine, held_out, step=batch.step, trackers=trackers, attempt=attempt)
+            state = replace(state, held_out_loss=loss)
         if is_end or num_asked or is_due(recipe.train.save_every, batch.step):
-            checkpoint.commit(engine, state, recipe.run.path / "checkpoints", keep=recipe.train.keep_checkpoints)
+            watchdog.progress(step=batch.step, phase="saving")
+            log_commit(saver.start(state), trackers, attempt=attempt)
         if num_asked:
-            if engine.world.is_main:
-                (recipe.run.path / STOP_FILE).unlink(missing_ok=True)  # obeyed
             break
         started = time.perf_counter()
+    log_commit(saver.finish(), trackers, attempt=attempt)
     return state
 
 
-def run(recipe: Recipe, *, console: Console, resume: bool = True, profile: bool = False) -> RunResult:
+def run(recipe: Recipe, *, console: Console, resume: ResumeOptions | None = None, profile: bool = False) -> RunResult:
     """Prepare, train, export. Everything that can be refused is refused before the process group forms."""
     quiet_libraries()
-    job = plan_job(recipe, console=console, resume=resume)
+    job = plan_job(recipe, console=console, resume=resume or ResumeOptions())
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(recipe.run.seed)
-    with (
-        _only_run_in(recipe.run.path, job.world),
-        StopRequest() as stop,
-        explained_out_of_memory(
-            packing=recipe.batch.packing,
-            longest_example=job.longest_example,
-            checkpointing=recipe.model.checkpointing,
-        ),
-    ):
-        engine = start_engine(
-            recipe,
-            name=job.engine_name,
-            world=job.world,
-            dtype=job.dtype,
-            device=job.device,
-            load_model=job.load_model,
-            make_optimizer=functools.partial(build_adamw, optim=recipe.optim),
-        )
-        require_agreement(job.identity, world=job.world, device=job.device)
-        with evaluating(engine.model):
-            agreement = require_own_loss(engine.model, job.probe_batch())
-        state = _resume(engine, job.start_from, job.first_state) if job.start_from else job.first_state
-        if job.world.is_main:
-            show_banner(console, job, model=engine.model, agreement=agreement, done=state.step)
-        state = _train(engine, state, job, console=console, stop=stop, profile=profile)
-        finished = state.step == job.schedule.num_steps
-        model_dir = _export(engine, job) if finished else None
-        engine.close()
-    steps = read_steps(recipe.run.path / "metrics.jsonl") if job.world.is_main else {}
+    path, world = recipe.run.path, job.world
+    explained = explained_out_of_memory(
+        packing=recipe.batch.packing,
+        longest_example=job.longest_example,
+        checkpointing=recipe.model.checkpointing,
+    )
+    with StopRequest() as stop:
+        flight_recorder_env(path, os.environ)
+        # The watchdog, which says where each process is, comes before the group's own time limit.
+        timeout_s = recipe.train.timeout_s
+        needed = job.engine_name.startswith("zero")
+        join_process_group(world, job.device, timeout_s=timeout_s + 30, needed=needed)
+        record = functools.partial(write_flight_record, path / LOGS / f"nccl-rank-{world.rank}")
+        with (
+            # First: from here on all files of ranks in the directory are this run's.
+            _only_run_in(path, job),
+            per_rank_log(path, world),
+            Watchdog(path, world, timeout_s=timeout_s, on_hang=record) as watchdog,
+            _errors_explained(watchdog),
+            explained,
+        ):
+            return _run(job, console=console, stop=stop, watchdog=watchdog, profile=profile)
+
+
+@contextlib.contextmanager
+def _errors_explained(watchdog: Watchdog) -> Iterator[None]:
+    """Turn what a peer's death does to this rank's collectives into a RankLostError that names the peer."""
+    try:
+        yield
+    except SftDistError:
+        raise
+    except Exception as error:
+        lost = watchdog.explain(error)
+        if lost is not None:
+            raise lost from None
+        logger.exception("the run ends")
+        raise
+
+
+def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, profile: bool) -> RunResult:
+    recipe, world = job.recipe, job.world
+    require_agreement(job.identity, world=world, device=job.device)
+    watchdog.watch_peers()
+    watchdog.progress(step=0, phase="loading the model")
+    engine = start_engine(
+        recipe,
+        name=job.engine_name,
+        world=world,
+        dtype=job.dtype,
+        device=job.device,
+        load_model=job.load_model,
+        make_optimizer=functools.partial(build_adamw, optim=recipe.optim),
+    )
+    watchdog.progress(step=0, phase="checking the model")
+    with evaluating(engine.model):
+        agreement = require_own_loss(engine.model, job.probe_batch())
+    watchdog.progress(step=0, phase="resuming")
+    state, continuation = _resume(engine, job) if job.candidates else (job.first_state, None)
+    job = job.continuing(state)
+    attempt = on_main(lambda: _record_start(job, state, continuation), world=world, device=job.device) or 0
+    if world.is_main:
+        show_banner(console, job, model=engine.model, agreement=agreement, continuation=continuation)
+    state = _train(
+        engine,
+        state,
+        job,
+        console=console,
+        stop=stop,
+        watchdog=watchdog,
+        profile=profile,
+        attempt=attempt,
+        changed=continuation.changes.curve if continuation else (),
+    )
+    finished = state.step >= job.schedule.num_steps
+    watchdog.progress(step=state.step, phase="exporting")
+    model_dir = _export(engine, job) if finished else None
+    engine.close()
+    watchdog.finish()
+    steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
     return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
 
 
 @contextlib.contextmanager
-def _only_run_in(directory: Path, world: World) -> Iterator[None]:
-    """Hold the run directory's lock on rank 0. Raises ConfigError when another job holds it."""
-    if not world.is_main:
-        yield
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"{directory}: another process is training here; wait for it, or choose another run.name"
-        ) from None
+def _only_run_in(directory: Path, job: Job) -> Iterator[None]:
+    """Hold the run directory's lock on rank 0. Raises ConfigError on every rank when another job holds it."""
+    lock = FileLock(directory / LOCK)
+
+    def acquire() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"{directory}: another process is training here; wait for it, or choose another run.name"
+            ) from None
+
+    on_main(acquire, world=job.world, device=job.device)
     try:
         yield
     finally:
@@ -179,8 +275,8 @@ def stop_requested(stop: StopRequest, recipe: Recipe, world: World) -> bool:
     return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).exists())
 
 
-def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, attempt: int) -> None:
-    """Log the held-out loss after `step` updates."""
+def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, attempt: int) -> float:
+    """Log and return the held-out loss after `step`."""
     started = time.perf_counter()
     loss = held_out.loss_of(engine)
     metrics = HeldOutMetrics(
@@ -192,15 +288,56 @@ def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, tracker
         attempt=attempt,
     )
     trackers.log(metrics)
+    return loss
+
+
+def log_commit(commit: Commit | None, trackers: Trackers, *, attempt: int) -> None:
+    """Log a checkpoint, if one was committed."""
+    if commit is not None:
+        trackers.log(CommitMetrics(**vars(commit), attempt=attempt))
+
+
+def not_finite(
+    engine: Engine,
+    batch: StepBatch,
+    shares: Sequence[torch.Tensor],
+    *,
+    store: TokenStore,
+    reason: str,
+    state: RunState,
+) -> NotFiniteError:
+    """The error that ends a run whose updates are withheld again and again. Collective: ranks tell what they trained.
+
+    It names the packs whose loss is not finite, or the whole step where all of them are.
+    """
+    guilty = [pack for pack, share in zip(batch.packs, shares, strict=True) if not share.isfinite()]
+    mine = json.dumps([int(example) for pack in guilty for example in pack])
+    ids = [example for text in gather_texts(mine, world=engine.world) for example in json.loads(text)]
+    ids = ids or batch.example_ids.tolist()
+    named = ", ".join(str(store.origin(example)) for example in ids[:NUM_NAMED])
+    more = f" and {len(ids) - NUM_NAMED} more" * (len(ids) > NUM_NAMED)
+    return NotFiniteError(
+        f"{state.withheld_in_a_row} updates in a row were withheld, the last at step {batch.step}: {reason}. "
+        f"Its examples: {named}{more}. The weights are those before the first of them; "
+        "look at these rows, lower optim.lr, or raise train.max_withheld"
+    )
 
 
 def _train(
-    engine: Engine, state: RunState, job: Job, *, console: Console, stop: StopRequest, profile: bool
+    engine: Engine,
+    state: RunState,
+    job: Job,
+    *,
+    console: Console,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    profile: bool,
+    attempt: int,
+    changed: tuple[str, ...],
 ) -> RunState:
     """Lay the steps out, open the trackers, and run the loop."""
-    recipe, num_steps = job.recipe, job.schedule.num_steps
+    recipe, num_steps, run_dir = job.recipe, job.schedule.num_steps, job.recipe.run.path
     cost = CostModel.from_config(engine.model.causal_lm.config.to_dict()) or CostModel()
-    attempt = on_main(functools.partial(_record_attempt, recipe, job.world), world=job.world, device=job.device) or 0
     held_out = None
     if job.held_out_store is not None:
         held_out = HeldOutSet(job.held_out_store, job.held_out_ids, recipe.loss, job.pack_tokens, cost, job.world.size)
@@ -210,50 +347,95 @@ def _train(
     steps = load_steps(
         job.store, batches, rank=job.world.rank, loss=recipe.loss, pack_tokens=job.pack_tokens, device=job.device
     )
+    saver = Saver(engine, run_dir / CHECKPOINTS, settings=recipe.train)
     trackers = Trackers([])
     if job.world.is_main:
-        trackers = start_trackers(recipe, console=console, num_steps=num_steps, done=state.step)
+        # With other settings from here on, what was trained before is no measure.
+        first = num_steps if changed else state.step
+        replay = Replay(run_dir / METRICS, after_step=first, tolerance=REPLAY_TOLERANCE[job.dtype])
+        trackers = start_trackers(recipe, console=console, num_steps=num_steps, done=state.step, replay=replay)
     with trackers, _profiler(recipe, enabled=profile, world=job.world) as profiler:
+        if changed:
+            trackers.log(ChangeMetrics(state.step, changed, attempt))
         if held_out is not None and state.step == 0:
             measure_held_out(engine, held_out, step=0, trackers=trackers, attempt=attempt)
-        return train_loop(
+        state = train_loop(
             engine,
             steps,
             state,
             recipe=recipe,
             num_steps=num_steps,
+            store=job.store,
             held_out=held_out,
+            saver=saver,
             trackers=trackers,
             stop=stop,
+            watchdog=watchdog,
             attempt=attempt,
             profiler=profiler,
         )
+    if state.step < num_steps:
+        on_main(lambda: _mark_interrupted(run_dir, saver, state, stop), world=job.world, device=job.device)
+    return state
 
 
-def _resume(engine: Engine, path: Path, expected: RunState) -> RunState:
-    """Restore weights and optimizer, bit for bit, and return the state to go on from.
+def _mark_interrupted(run_dir: Path, saver: Saver, state: RunState, stop: StopRequest) -> None:
+    """Say on disk that the request to stop was obeyed. Raises CheckpointError when the state could not be saved."""
+    if saver.last_step != state.step:
+        raise CheckpointError(
+            f"{run_dir}: stopped on request after step {state.step}, but its checkpoint could not be written; "
+            "the same command goes on from an older one"
+        )
+    note = {"step": state.step, "reason": stop.received or "asked by another rank or by a stop file", "time": _now()}
+    commits.replace_durably(run_dir / INTERRUPTED, json.dumps(note) + "\n")
+    (run_dir / STOP_FILE).unlink(missing_ok=True)  # obeyed
 
-    Raises CheckpointError for a damaged checkpoint or another run's, on every rank.
+
+def _resume(engine: Engine, job: Job) -> tuple[RunState, Continuation]:
+    """Restore weights and optimizer from the newest good checkpoint, or the one that was asked for. Collective.
+
+    Raises CheckpointError when none is good, or when the curve would change and that was not allowed.
     """
+    options = job.resume
+    path, found, wrong = checkpoint.find_good(engine, job.candidates, may_fall_back=options.start is None)
+    state = checkpoint.continued(found, job.first_state, allow_change=options.allow_change, path=path)
+    checkpoint.restore(engine, path, state)
+    changes = checkpoint.changes_since(found, job.first_state)
 
-    def verify() -> None:
-        checkpoint.require_same_run(checkpoint.read_state(path), expected, path)
+    def set_newer_aside() -> list[str]:
+        newer = [p for p in commits.committed(job.recipe.run.path / CHECKPOINTS) if commits.step_of(p) > found.step]
+        return [f"set aside: {commits.set_aside(p)}" for p in newer]
 
-    # One rank reads every byte; the others would read the same ones.
-    on_main(verify, world=engine.world, device=engine.device)
-    engine.load(path)
-    return replace(expected, step=checkpoint.step_of(path))
+    aside = on_main(set_newer_aside, world=engine.world, device=engine.device) or []
+    warnings = [f"broken: {text}" for text in wrong] + aside
+    return state, Continuation(path, found.step, tuple(warnings), changes)
 
 
-def _record_attempt(recipe: Recipe, world: World) -> int:
-    """Count this start in run.json, beside the resolved recipe. Attempts count from 1; only rank 0 counts."""
-    path = recipe.run.path / "run.json"
-    attempt = 1 + (json.loads(path.read_text(encoding="utf-8"))["attempts"] if path.exists() else 0)
-    writing = path.with_suffix(".tmp")
-    writing.write_text(json.dumps({"attempts": attempt, "world_size": world.size}), encoding="utf-8")
-    writing.replace(path)
-    (recipe.run.path / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    return attempt
+def _record_start(job: Job, state: RunState, continuation: Continuation | None) -> int:
+    """Add this start to run.json, beside the resolved recipe. Returns its attempt, from 1."""
+    run_dir = job.recipe.run.path
+    path = run_dir / RUN_JSON
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    start = {
+        "attempt": len(starts) + 1,
+        "time": _now(),
+        "host": socket.gethostname(),
+        "after_step": state.step,
+        "from": str(continuation.path) if continuation else None,
+        "changed": [*continuation.changes.curve, *continuation.changes.other] if continuation else [],
+        "layout": state.layout,
+        "code": state.code,
+    }
+    segments = [asdict(segment) for segment in state.segments]
+    text = json.dumps({"attempts": len(starts) + 1, "segments": segments, "starts": [*starts, start]}, indent=2)
+    commits.replace_durably(path, redacted(text) + "\n")
+    commits.replace_durably(run_dir / CONFIG, redacted(job.recipe.to_yaml()))
+    (run_dir / INTERRUPTED).unlink(missing_ok=True)
+    return len(starts) + 1
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _export(engine: Engine, job: Job) -> Path:
@@ -261,7 +443,7 @@ def _export(engine: Engine, job: Job) -> Path:
 
     Collective: under ZeRO-3 every rank gives its shards.
     """
-    final = job.recipe.run.path / "model"
+    final = job.recipe.run.path / MODEL
     state_dict = engine.state_dict()
 
     def write() -> None:

@@ -67,6 +67,7 @@ class StepBatch:
     pack_fill: float
     imbalance: float
     example_ids: np.ndarray
+    packs: tuple[Pack, ...]
 
 
 def token_weights(num_responses: np.ndarray, *, loss: LossName) -> np.ndarray:
@@ -148,6 +149,7 @@ def build_step(
         pack_fill=num_tokens / capacity,
         imbalance=batch.imbalance,
         example_ids=ids,
+        packs=tuple(row[rank] for row in batch.micro_steps),
     )
 
 

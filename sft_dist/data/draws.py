@@ -227,9 +227,8 @@ def fingerprint_draws(
     held_out_seed: int,
     examples: int | None,
     tokens: int | None,
-    num_steps: int,
 ) -> str:
-    """16 hex digits over all that decides the draws and the steps of a run. Equal ones train the same steps."""
+    """16 hex digits over all that decides the draws and how they are cut into steps; not how many are trained."""
     settings = {
         "version": DRAWS_VERSION,
         "data": data_fingerprint,
@@ -238,6 +237,5 @@ def fingerprint_draws(
         "order": order,
         "held_out": [float(held_out_share), held_out_seed if held_out_share else None],
         "step": [examples, tokens],
-        "num_steps": num_steps,
     }
     return xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode())

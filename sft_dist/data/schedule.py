@@ -93,7 +93,7 @@ class GlobalBatch:
 class Schedule:
     """The steps of a run, from data, seed and lengths alone: no world size, no pack size in sight.
 
-    Steps are counted from 1 and never straddle epochs.
+    Steps are counted from `first_step`, which is 1 unless others were trained before, and never straddle epochs.
     """
 
     def __init__(
@@ -108,12 +108,14 @@ class Schedule:
         tokens: int | None = None,
         epochs: int | None = None,
         steps: int | None = None,
+        after_step: int = 0,
     ) -> None:
         """Cut the draws of every epoch into steps.
 
         lengths, num_responses: `[n]`, tokens and trained tokens of each example.
         pools: what is drawn of each source, default every example once. ease: `[n]`, what draws are sorted by.
-        examples or tokens: what a step is. epochs or steps: how long the run is.
+        examples or tokens: what a step is. epochs or steps: how long the run is; steps counts those before, too.
+        after_step: steps that were trained before the first of this schedule.
         Raises ConfigError when there is nothing to draw.
         """
         self.lengths = lengths
@@ -122,8 +124,9 @@ class Schedule:
         self._draws = Draws(pools, seed=seed, ease=ease)
         self._examples, self._tokens = examples, tokens
         self._cached: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._epoch_ends = self._count_steps(epochs, steps)
-        self.num_steps = steps if steps is not None else self._epoch_ends[-1]
+        self.first_step = after_step + 1
+        self._epoch_ends = self._count_steps(epochs, None if steps is None else steps - after_step)
+        self.num_steps = steps if steps is not None else after_step + self._epoch_ends[-1]
 
     @property
     def num_draws(self) -> int:
@@ -131,7 +134,8 @@ class Schedule:
         return self._draws.num_draws
 
     def example_ids(self, step: int) -> tuple[int, NDArray[np.int64]]:
-        """(epoch, ids `[N]` in draw order) of a step in 1..num_steps."""
+        """(epoch, ids `[N]` in draw order) of a step in first_step..num_steps."""
+        step -= self.first_step - 1
         epoch = int(np.searchsorted(self._epoch_ends, step, side="left"))
         first = self._epoch_ends[epoch - 1] if epoch else 0
         draws, bounds = self._epoch(epoch)

@@ -14,8 +14,11 @@ def held_out_of(recipe: Recipe, store: TokenStore) -> NDArray[np.bool_]:
     return hold_out(store.prompt_hash, share=recipe.data.held_out_share, seed=recipe.data.held_out_seed)
 
 
-def schedule_of(recipe: Recipe, store: TokenStore) -> Schedule:
-    """The steps of training; nothing that is held out is in them. Raises ConfigError when there is nothing to draw."""
+def schedule_of(recipe: Recipe, store: TokenStore, *, after_step: int = 0) -> Schedule:
+    """The steps of training; nothing that is held out is in them. Raises ConfigError when there is nothing to draw.
+
+    after_step: the last step of what was drawn before the data changed; train.steps counts it, train.epochs does not.
+    """
     sources, steps = recipe.data.train, recipe.train.steps
     return Schedule(
         store.lengths,
@@ -37,11 +40,12 @@ def schedule_of(recipe: Recipe, store: TokenStore) -> Schedule:
         tokens=recipe.batch.tokens,
         epochs=None if steps else recipe.train.epochs or 1,
         steps=steps,
+        after_step=after_step,
     )
 
 
-def fingerprint_of(recipe: Recipe, store: TokenStore, *, num_steps: int) -> str:
-    """16 hex digits over all that decides the draws and the steps of a run."""
+def fingerprint_of(recipe: Recipe, store: TokenStore) -> str:
+    """16 hex digits over all that decides the draws and how they are cut into steps."""
     sources = recipe.data.train
     return fingerprint_draws(
         data_fingerprint=store.fingerprint,
@@ -53,5 +57,4 @@ def fingerprint_of(recipe: Recipe, store: TokenStore, *, num_steps: int) -> str:
         held_out_seed=recipe.data.held_out_seed,
         examples=recipe.batch.examples,
         tokens=recipe.batch.tokens,
-        num_steps=num_steps,
     )

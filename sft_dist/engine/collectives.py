@@ -2,7 +2,10 @@
 
 import datetime
 import os
+import socket
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from sft_dist.errors import BackendError, ConfigError, DeviceError, SftDistError
-from sft_dist.world import World
+from sft_dist.world import World, is_one_host, launcher_has_store
 
 T = TypeVar("T")
 
@@ -55,13 +58,62 @@ def join_process_group(world: World, device: torch.device, *, timeout_s: float, 
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        if is_one_host() and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the host's name points
+        dist.init_process_group(
+            backend,
+            store=_loopback_store(world, timeout),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
     counted = int(sum_over_ranks(torch.ones((), device=device)))
     if counted != world.size:
         raise BackendError(
             f"an all-reduce of 1 gave {counted}, the launcher says WORLD_SIZE={world.size}: the ranks form no group"
         )
+
+
+def _loopback_store(world: World, timeout: datetime.timedelta) -> "dist.Store | None":  # type: ignore[name-defined]
+    """The store of ranks on one host: in rank 0, where it outlives the launcher, and nobody outside can reach it.
+
+    None for several hosts: torch then joins or makes the one that the launcher names. Raises BackendError where the
+    port is taken.
+    """
+    if not is_one_host():
+        return None
+    key, port = f"sft_dist/port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", int(os.environ["MASTER_PORT"])
+    launchers = None
+    if launcher_has_store():
+        launchers = dist.TCPStore(os.environ["MASTER_ADDR"], port, timeout=timeout)  # type: ignore[attr-defined]
+        port = 0
+    listener = None
+    if world.is_main:
+        listening = _listen_on_loopback(port, backlog=world.size + 16)
+        port, listener = listening.getsockname()[1], listening.detach()
+        if launchers is not None:
+            launchers.set(key, str(port))
+    elif launchers is not None:
+        port = int(launchers.get(key))
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, world.size, is_master=world.is_main, timeout=timeout, master_listen_fd=listener
+    )
+
+
+def _listen_on_loopback(port: int, *, backlog: int) -> socket.socket:
+    """For a store that would else open its own socket: on every interface, whatever its address says."""
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(("127.0.0.1", port))
+    except OSError as error:
+        listening.close()
+        raise BackendError(
+            f"MASTER_PORT={port} cannot be opened on 127.0.0.1 ({error}); start again with another port"
+        ) from error
+    listening.listen(backlog)
+    return listening
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -99,14 +151,30 @@ def require_agreement(what: str, *, world: World, device: torch.device) -> None:
     mains = int(sum_over_ranks(torch.tensor(mine if world.is_main else 0, device=device)))
     if any_rank(mine != mains, device):
         raise ConfigError(
-            "the ranks do not see the same data and checkpoints; run.dir, data.store and data.train must lie on a "
-            "file system that all hosts share"
+            "the ranks do not see the same data, checkpoints and code; run.dir, data.store and data.train must lie on "
+            "a file system that all hosts share, and hosts need the same versions of sft_dist and its libraries"
         )
+
+
+def gather_texts(mine: str, *, world: World) -> list[str]:
+    """Every rank's text, by rank, the same list on each."""
+    if world.size == 1:
+        return [mine]
+    texts: list[str] = [""] * world.size
+    dist.all_gather_object(texts, mine)
+    return texts
 
 
 def barrier(device: torch.device) -> None:
     """Return once every rank is here."""
     sum_over_ranks(torch.zeros((), device=device)).item()
+
+
+def write_flight_record(file: Path) -> None:
+    """Write the last NCCL collectives of this rank, as torch's own analyser reads them; nothing without NCCL."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is not None:
+        file.write_bytes(dump())
 
 
 def leave_process_group() -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sft_dist.data.batch import MicroBatch
+from sft_dist.engine.fragments import Fragment
 from sft_dist.model.load import PackedModel
 from sft_dist.world import World
 
@@ -22,7 +22,7 @@ class MakeOptimizer(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """grad_norm: global L2 norm before clipping. applied: False when it was not finite and no rank updated."""
+    """grad_norm: global L2 norm before clipping, NaN if the caller withheld. applied: False when no rank updated."""
 
     grad_norm: float
     applied: bool
@@ -39,6 +39,8 @@ class Engine(Protocol):
     world: World
     device: torch.device
     model: PackedModel
+    is_replicated: bool
+    """True: every rank holds all of the state; else its own part."""
 
     def __call__(self, micro: MicroBatch) -> Tensor: ...
 
@@ -47,16 +49,17 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, *, lr: float) -> StepResult:
-        """Clip by global norm and update; withheld on all ranks when the norm is not finite."""
+    def step(self, *, lr: float, withhold: bool = False) -> StepResult:
+        """Clip by global norm and update; withheld on all ranks when the norm is not finite or the caller says so."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole weights in compute dtype under the causal model's own names, on the host; empty on ranks above 0."""
 
-    def save(self, directory: Path) -> None:
-        """Write weights and optimizer state so that `load` restores them bit for bit at this world size."""
+    def fragments(self) -> list[Fragment]:
+        """Master weights and moments that this rank holds: views, to be read, or overwritten before `restored`."""
 
-    def load(self, directory: Path) -> None: ...
+    def restored(self, num_updates: int) -> None:
+        """Take over fragments that were overwritten: they are what `num_updates` updates led to. Collective."""
 
     def close(self) -> None:
         """Free what the engine holds; the process group stays."""

@@ -9,15 +9,15 @@ With fp32 weights, weights and master are one and the same tensor.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
-from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from sft_dist.data.batch import MicroBatch
-from sft_dist.engine.collectives import on_main, sum_over_ranks
+from sft_dist.engine.collectives import sum_over_ranks
+from sft_dist.engine.fragments import Fragment, adamw_state
 from sft_dist.engine.interface import MakeOptimizer, StepResult
 from sft_dist.model.load import PackedModel
 from sft_dist.world import World
@@ -25,11 +25,11 @@ from sft_dist.world import World
 BUCKET_ELEMENTS = 64 * 2**20
 """Gradients are reduced in flat buckets of at most this many fp32 elements (256 MiB)."""
 
-STATE_FILE = "state.safetensors"
-
 
 class LocalEngine:
     """Replicated data parallelism; with one process, plain training. Implements `Engine`."""
+
+    is_replicated = True
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class LocalEngine:
         loss.backward()
 
     @torch.no_grad()
-    def step(self, *, lr: float) -> StepResult:
+    def step(self, *, lr: float, withhold: bool = False) -> StepResult:
         masters = list(self._masters.values())
         for master in masters:
             if master.grad is None:  # unused in this step: a zero, so that buckets are alike on all ranks
@@ -68,7 +68,7 @@ class LocalEngine:
             _sum_in_buckets(grads)
         norm = _global_norm(grads)
         grad_norm = float(norm)
-        applied = bool(torch.isfinite(norm))
+        applied = math.isfinite(grad_norm) and not withhold
         if applied:
             nn.utils.clip_grads_with_norm_(masters, self._max_grad_norm, norm.float())
             for group in self._optimizer.param_groups:
@@ -76,36 +76,31 @@ class LocalEngine:
             self._optimizer.step()
             self._round_masters()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, applied)
+        return StepResult(math.nan if withhold else grad_norm, applied)
 
     def state_dict(self) -> dict[str, Tensor]:
         if not self.world.is_main:
             return {}
         return {name: value.detach().cpu() for name, value in self.model.causal_lm.state_dict().items()}
 
-    def save(self, directory: Path) -> None:
-        # Every rank holds the same state, so one copy is the whole of it.
-        on_main(lambda: self._write_state(directory), world=self.world, device=self.device)
-
-    @torch.no_grad()
-    def load(self, directory: Path) -> None:
-        tensors = safetensors.torch.load_file(directory / STATE_FILE)
+    def fragments(self) -> list[Fragment]:
+        found = []
         for name, master in self._masters.items():
-            master.copy_(tensors[f"master.{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                on_device = key != "step" or self._optimizer.defaults["fused"]
-                value = tensors[f"{key}.{name}"]
-                self._optimizer.state[master][key] = value.to(self.device) if on_device else value
+            state = self._state_of(master)
+            whole = {"master": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            found.append(Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in whole.items()}))
+        return found
+
+    def restored(self, num_updates: int) -> None:
+        for master in self._masters.values():
+            self._state_of(master)["step"].fill_(num_updates)
         self._round_masters()
 
     def close(self) -> None:
         self._optimizer.state.clear()
 
-    def _write_state(self, directory: Path) -> None:
-        tensors = {f"master.{n}": p.detach() for n, p in self._masters.items()}
-        for name, master in self._masters.items():
-            tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state[master].items()}
-        safetensors.torch.save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, directory / STATE_FILE)
+    def _state_of(self, master: nn.Parameter) -> dict[str, Tensor]:
+        return adamw_state(self._optimizer, master)
 
     def _master_of(self, weight: nn.Parameter) -> nn.Parameter:
         if weight.dtype == torch.float32:
@@ -120,6 +115,7 @@ class LocalEngine:
         weight.register_post_accumulate_grad_hook(add_to_master)
         return master
 
+    @torch.no_grad()
     def _round_masters(self) -> None:
         for name, weight in self._weights.items():
             if weight is not self._masters[name]:

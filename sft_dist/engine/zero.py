@@ -7,6 +7,7 @@ over ranks, and nothing else scales it: shares are summed.
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from sft_dist.data.batch import MicroBatch
+from sft_dist.engine.fragments import Fragment, adamw_state
 from sft_dist.engine.interface import MakeOptimizer, StepResult
-from sft_dist.errors import BackendError, CheckpointError, ConfigError
+from sft_dist.errors import BackendError, ConfigError
 from sft_dist.model.load import PackedModel, whole
 from sft_dist.world import World
 
-STATE_TAG = "deepspeed"
 RECIPE_KEYS = {
     "train_batch_size": "batch.examples",
     "train_micro_batch_size_per_gpu": "batch.pack_tokens",
@@ -106,9 +107,13 @@ def start_zero(
 class ZeroEngine:
     """A DeepSpeed engine that sums. Implements `Engine`."""
 
+    is_replicated = False
+
     def __init__(self, engine: Any, model: PackedModel, *, name: str, world: World, device: torch.device) -> None:
         self.name, self.world, self.device, self.model = name, world, device, model
         self.deepspeed = engine
+        self._stage = int(engine.zero_optimization_stage())
+        self._names = {p: n for n, p in model.causal_lm.named_parameters() if p.requires_grad}
 
     def __call__(self, micro: MicroBatch) -> Tensor:
         return self.deepspeed(micro)  # type: ignore[no-any-return]
@@ -121,13 +126,24 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, *, lr: float) -> StepResult:
+    def step(self, *, lr: float, withhold: bool = False) -> StepResult:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        if withhold:
+            self._spoil_gradients()
         self.deepspeed.step()
-        if not self.deepspeed.was_step_applied():
+        applied = self.deepspeed.was_step_applied()
+        if not applied:
             self._forget_gradients()
-        return StepResult(float(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied())
+        return StepResult(math.nan if withhold else float(self.deepspeed.get_global_grad_norm()), applied)
+
+    def _spoil_gradients(self) -> None:
+        """Make DeepSpeed withhold the update: it does so by itself for a gradient that is not finite."""
+        from deepspeed.utils import safe_set_full_grad
+
+        smallest = min(self._names, key=lambda parameter: getattr(parameter, "ds_numel", parameter.numel()))
+        shape = getattr(smallest, "ds_shape", smallest.shape)
+        safe_set_full_grad(smallest, torch.full(shape, torch.inf, device=self.device))
 
     def _forget_gradients(self) -> None:
         """Drop a withheld step's sums: with offload DeepSpeed keeps them, and would withhold every later step too."""
@@ -150,13 +166,62 @@ class ZeroEngine:
         persistent = {n: b.detach().cpu() for n, b in causal_lm.named_buffers() if n in causal_lm.state_dict()}
         return {name: values[id(parameter)] for name, parameter in names} | persistent
 
-    def save(self, directory: Path) -> None:
-        self.deepspeed.save_checkpoint(str(directory), tag=STATE_TAG, save_latest=False)
+    def fragments(self) -> list[Fragment]:
+        found = []
+        for flat, parts in self._partitions():
+            state = adamw_state(self.deepspeed.optimizer.optimizer, flat)
+            kinds = {"master": flat.data, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            for name, start, offset, numel in parts:
+                tensors = {kind: tensor.narrow(0, offset, numel) for kind, tensor in kinds.items()}
+                found.append(Fragment(name, start, tensors))
+        return found
 
-    def load(self, directory: Path) -> None:
-        path, _ = self.deepspeed.load_checkpoint(str(directory), tag=STATE_TAG, load_lr_scheduler_states=False)
-        if path is None:
-            raise CheckpointError(f"{directory}: DeepSpeed found no state of tag {STATE_TAG!r} to load")
+    @torch.no_grad()
+    def restored(self, num_updates: int) -> None:
+        optimizer = self.deepspeed.optimizer
+        for flat, _ in self._partitions():
+            adamw_state(optimizer.optimizer, flat)["step"].fill_(num_updates)
+        if self._stage < 3:
+            optimizer.update_lp_params()
+            return
+        # Small weights are kept whole on every rank: give them up, then gather the new ones.
+        optimizer.checkpoint_event_prologue()
+        for master, weights in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
+        ):
+            weights.data.copy_(master.data)
+        optimizer.checkpoint_event_epilogue()
+
+    def _partitions(self) -> Iterator[tuple[Tensor, list[tuple[str, int, int, int]]]]:
+        """This rank's flat fp32 tensors, each with the parameters in it: (name, start, offset, elements).
+
+        start: first element within the flattened parameter; offset: where it lies in the flat tensor.
+        """
+        optimizer = self.deepspeed.optimizer
+        if self._stage == 3:
+            for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+                parts, offset = [], 0
+                for parameter in group:
+                    size = parameter.partition_numel()  # the last ranks' parts end in padding
+                    start = self.world.rank * size
+                    numel = min(size, parameter.ds_numel - start)
+                    if numel > 0:
+                        parts.append((self._names[parameter], start, offset, numel))
+                    offset += size
+                yield flat, parts
+            return
+        is_bf16 = hasattr(optimizer, "bf16_groups")  # DeepSpeed has a class of its own for ZeRO-1 in bf16
+        groups = optimizer.bf16_groups if is_bf16 else optimizer.bit16_groups
+        flats = optimizer.fp32_groups_flat_partition if is_bf16 else optimizer.single_partition_of_fp32_groups
+        for flat, group in zip(flats, groups, strict=True):
+            mapped = [(self._names[p], p._hp_mapping) for p in group if p._hp_mapping is not None]
+            yield (
+                flat,
+                [
+                    (name, at.lp_fragment_address.start, at.hp_fragment_address.start, at.hp_fragment_address.numel)
+                    for name, at in mapped
+                ],
+            )
 
     def close(self) -> None:
         self.deepspeed.destroy()

@@ -27,7 +27,8 @@ HELD_OUT_ROWS = 23
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `checks` are the worker's instruments; `resumed_at` continues the run of `resumes` from that step."""
+    """One run. `checks` are the worker's instruments. `resumed_at`: it goes on from that step of the same run, or of
+    one on another engine and world, `resumes`."""
 
     engine: str
     world: int
@@ -39,6 +40,7 @@ class Case:
     eval_every: int | None = None
     save_every: int | None = None
     resumed_at: int | None = None
+    resumes: tuple[str, int] | None = None
     checks: tuple[str, ...] = field(default=())
 
     @property
@@ -47,7 +49,8 @@ class Case:
         parts = [self.engine, packs, self.loss, f"r{self.rows}", *self.checks]
         parts += [self.checkpointing] * (self.checkpointing != "none") + [self.dtype] * (self.dtype != "fp32")
         parts += [f"eval{self.eval_every}"] * bool(self.eval_every) + [f"save{self.save_every}"] * bool(self.save_every)
-        return "-".join([*parts, *[f"from{self.resumed_at}"] * bool(self.resumed_at)])
+        parts += [f"from{self.resumed_at}"] * bool(self.resumed_at)
+        return "-".join([*parts, *map(str, self.resumes or ())])
 
     @property
     def run_name(self) -> str:
@@ -61,7 +64,8 @@ class Case:
     @property
     def uninterrupted(self) -> "Case":
         """The run, with a checkpoint at every step, that a resumed one goes on from."""
-        return replace(self, resumed_at=None, save_every=1)
+        engine, world = self.resumes or (self.engine, self.world)
+        return replace(self, engine=engine, world=world, resumed_at=None, resumes=None, save_every=1)
 
     @property
     def evaluated_alone(self) -> "Case":
@@ -90,14 +94,16 @@ class Lab:
         pairs = {n: tiny.write_chats(directory / f"train-{n}.jsonl", num_examples=n, seed=n) for n in (TAIL_7, TAIL_1)}
         tiny.write_chats(directory / "held_out.jsonl", num_examples=HELD_OUT_ROWS, seed=5)
         lab = cls(directory, model_dir, pairs)
+        every = sorted({need for case in cases for need in case.needs}, key=lambda case: case.run_name)
         # Uninterrupted runs first: resumed ones copy their checkpoints.
-        every = sorted(
-            {need for case in cases for need in case.needs}, key=lambda case: (case.resumed_at or 0, case.run_name)
-        )
-        # One process leaves a core idle, so it runs beside two; four have the machine to themselves.
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda world: lab.run(world, every), (1, 2)))
-        lab.run(4, every)
+        for phase in (
+            [case for case in every if not case.resumed_at],
+            [case for case in every if case.resumed_at],
+        ):
+            # One process leaves a core idle, so it runs beside two; four have the machine to themselves.
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda world, phase=phase: lab.run(world, phase), (1, 2)))
+            lab.run(4, phase)
         return lab
 
     def run(self, world: int, cases: Iterable[Case]) -> None:
@@ -154,6 +160,11 @@ class Lab:
         steps = read_steps(self.run_dir(case) / "metrics.jsonl")
         assert sorted(steps) == list(range(1 + (case.resumed_at or 0), STEPS + 1))
         return np.array([steps[step][key] for step in sorted(steps)])
+
+    def column(self, case: Case, key: str) -> list[object]:
+        """A column of metrics.jsonl by step, as it stands there."""
+        steps = read_steps(self.run_dir(case) / "metrics.jsonl")
+        return [steps[step][key] for step in sorted(steps)]
 
     def weights(self, case: Case) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(self.run_dir(case) / "model" / "model.safetensors")

@@ -31,7 +31,7 @@ from sft_dist.data.draws import (
 from sft_dist.data.schedule import CostModel, GlobalBatch, Schedule, global_batches
 from sft_dist.errors import ConfigError
 from sft_dist.evaluate import HeldOutSet
-from sft_dist.job import Job, plan_job
+from sft_dist.job import Job, ResumeOptions, plan_job
 from sft_dist.world import World
 from tests import tiny
 
@@ -363,7 +363,6 @@ SETTINGS: dict[str, Any] = {
     "held_out_seed": 0,
     "examples": 8,
     "tokens": None,
-    "num_steps": 20,
 }
 
 
@@ -378,7 +377,6 @@ SETTINGS: dict[str, Any] = {
         {"held_out_share": 0.2},
         {"held_out_seed": 1},
         {"examples": None, "tokens": 8},
-        {"num_steps": 21},
     ],
     ids=lambda changed: "-".join(changed),
 )
@@ -424,7 +422,7 @@ def make_recipe(tmp_path: Path, model: Path, **data: Any) -> Recipe:
 
 
 def plan(recipe: Recipe) -> Job:
-    return plan_job(recipe, console=Console(quiet=True), resume=True)
+    return plan_job(recipe, console=Console(quiet=True), resume=ResumeOptions())
 
 
 def test_a_run_measures_what_it_holds_out_and_trains_the_rest(tmp_path: Path, tied_model: Path) -> None:
@@ -443,7 +441,7 @@ def test_the_draws_are_part_of_what_ranks_agree_on_and_of_the_curve(tmp_path: Pa
     assert plain.store.fingerprint == capped.store.fingerprint
     assert plain.draws != capped.draws
     assert plain.identity != capped.identity
-    assert capped.first_state.curve["draws"] == capped.draws
+    assert capped.first_state.segment.draws == capped.draws
     assert capped.first_state.curve["data.train.cap"] == [20]
     assert (plain.schedule.num_draws, capped.schedule.num_draws) == (60, 20)
 

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors config console durable package_files quiet world
+errors redact run_files config console durable package_files quiet world
+commits heartbeat rank_log watchdog
 demo.formulas demo.templates demo.dataset demo.model
 data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
 data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
@@ -26,13 +27,13 @@ data.inspect_sample data.inspect_figures data.inspect data.inspect_page
 -- torch below this line
 data.batch
 model.attention model.loss model.load model.verify
-engine.interface engine.collectives engine.local engine.zero engine.start
-optim
+engine.fragments engine.interface engine.collectives engine.local engine.zero engine.start
+optim guard
 checkpoint
 generate evaluate scoring
-metrics trackers
+metrics wandb_process trackers wandb_sync
 oom job banner
-train
+train launch
 demo_run
 """.splitlines()
 MODULES = [module for line in ORDER if not line.startswith("--") for module in line.split()]

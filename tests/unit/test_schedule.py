@@ -138,3 +138,15 @@ def test_a_million_examples_are_scheduled_quickly() -> None:
     schedule = Schedule(lengths, lengths // 2, seed=0, examples=512, epochs=1)
     schedule.example_ids(schedule.num_steps)
     assert time.perf_counter() - started < 2.0  # measured 0.05 s; the bar leaves room for a busy machine
+
+
+def test_a_later_segment_draws_from_its_own_first_step() -> None:
+    """After step 7 other data begins: its steps are those of a fresh run, counted on; train.steps counts them all."""
+    lengths = np.arange(5, 25)
+    fresh = Schedule(lengths, lengths, seed=1, examples=6, steps=13)
+    later = Schedule(lengths, lengths, seed=1, examples=6, steps=20, after_step=7)
+    assert (later.first_step, later.num_steps) == (8, 20)
+    for step in range(1, 14):
+        assert later.example_ids(7 + step)[1].tolist() == fresh.example_ids(step)[1].tolist()
+    assert Schedule(lengths, lengths, seed=1, examples=6, epochs=2, after_step=7).num_steps == 7 + 2 * 4
+    assert Schedule(lengths, lengths, seed=1, examples=6, steps=5, after_step=7).num_steps == 5
