@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft_dist import checkpoint, cli, package_files
+from sft_dist import cli, commits, package_files
 from sft_dist.metrics import read_steps
 from tests import tiny
 
@@ -116,7 +116,7 @@ def test_a_stop_file_stops_all_ranks_after_the_same_step(recipe: Callable[..., P
     assert process.returncode == 0, output
     done = len(losses(stopped))
     assert 3 <= done < 400
-    assert [path.name for path in checkpoint.committed(directory / "checkpoints")] == [f"step-{done:08d}"]
+    assert [path.name for path in commits.committed(directory / "checkpoints")] == [f"step-{done:08d}"]
 
 
 def test_profile_writes_a_trace_and_a_table(recipe: Callable[..., Path]) -> None:
