@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants bench-data bench-smoke wheel clean
+.PHONY: demo test lint mutants bench-data bench-smoke bench-checkpoints faults faults-full soak soak-short wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
@@ -24,6 +24,20 @@ lint: $(VENV)/installed
 mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py
 
+# Real faults on real processes, one engine each: a quarter of an hour. faults-full: on every engine that matters.
+faults: $(VENV)/installed
+	$(BIN)/python -m pytest tests/faults
+
+faults-full: $(VENV)/installed
+	FAULTS=full $(BIN)/python -m pytest tests/faults
+
+# One run, killed at random again and again: 8 times, or 30.
+soak-short: $(VENV)/installed
+	$(BIN)/python tests/faults/soak.py --kills 8
+
+soak: $(VENV)/installed
+	$(BIN)/python tests/faults/soak.py --kills 30
+
 bench-data: $(VENV)/installed
 	$(BIN)/python benchmarks/prepare_vs_trl.py
 	$(BIN)/python benchmarks/prepare_scale.py
@@ -32,6 +46,11 @@ bench-data: $(VENV)/installed
 bench-smoke: $(VENV)/installed
 	$(BIN)/python benchmarks/prepare_vs_trl.py --rows 300 --repeats 1
 	$(BIN)/python benchmarks/prepare_scale.py --rows 2000
+	$(BIN)/python benchmarks/checkpoints.py --small --engines zero2
+
+# What saving and resuming cost, on 200 million parameters: half an hour of a quiet machine at most.
+bench-checkpoints: $(VENV)/installed
+	$(BIN)/python benchmarks/checkpoints.py
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel

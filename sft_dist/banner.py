@@ -16,7 +16,13 @@ from sft_dist.redact import redacted
 
 
 def show_banner(
-    console: Console, job: Job, *, model: PackedModel, agreement: Agreement, continuation: Continuation | None
+    console: Console,
+    job: Job,
+    *,
+    model: PackedModel,
+    agreement: Agreement,
+    continuation: Continuation | None,
+    attempt: int,
 ) -> None:
     """Print run, model, engine, batch arithmetic, the check before step 1, and what a resumed run goes on from."""
     recipe, schedule = job.recipe, job.schedule
@@ -45,6 +51,8 @@ def show_banner(
     if dropout := _dropout(model):
         lines["dropout"] = f"{dropout}: the curve is the same only for the same engine, processes and pack_tokens"
     table = Table.grid(padding=(0, 2))
+    if attempt > 1 and continuation is None:
+        lines["restart"] = f"start {attempt} of this run, and none before it committed a checkpoint: from step 1 again"
     rows = [*lines.items(), *(_continuation(continuation) if continuation else ())]
     for name, text in rows:
         table.add_row(name, Text(redacted(text)))  # Text: a path may hold what looks like markup
@@ -59,7 +67,7 @@ def _continuation(continuation: Continuation) -> Iterator[tuple[str, str]]:
     for text in continuation.changes.curve:
         yield "changed", f"{text}: the curve is another from here (--allow-change)"
     for text in continuation.changes.other:
-        yield "changed", f"{text}; the curve is not"
+        yield "changed", f"{text}; the curve stays the same"
 
 
 def _held_out(job: Job) -> str:

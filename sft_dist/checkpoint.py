@@ -28,6 +28,7 @@ from sft_dist.engine.collectives import any_rank, gather_texts, on_main, sum_ove
 from sft_dist.engine.fragments import Fragment, Snapshot, read_fragments, require_shapes, share_of, write_fragments
 from sft_dist.engine.interface import Engine
 from sft_dist.errors import CheckpointError, SftDistError
+from sft_dist.redact import redacted_tree
 
 logger = logging.getLogger(__name__)
 
@@ -264,26 +265,60 @@ def find_good(engine: Engine, candidates: Sequence[Path], *, may_fall_back: bool
 
 def curve_of(recipe: Recipe, *, dtype: str) -> dict[str, Any]:
     """What decides the curve beside the draws, by key of the recipe. Launch, packing, engine and cadence do not."""
-    dump = recipe.model_dump(mode="json")
-    keys = {
-        "model.path": dump["model"]["path"],
-        "model.revision": dump["model"]["revision"],
-        "model.dtype": dtype,
-        "loss": dump["loss"],
-        "train.steps": dump["train"]["steps"],
-        "train.epochs": dump["train"]["epochs"],
-        "train.spike_guard": dump["train"]["spike_guard"],
-        "run.seed": dump["run"]["seed"],
-        "batch.examples": dump["batch"]["examples"],
-        "batch.tokens": dump["batch"]["tokens"],
-        "data.train.weight": [source["weight"] for source in dump["data"]["train"]],
-        "data.train.cap": [source["cap"] for source in dump["data"]["train"]],
-        "data.order": dump["data"]["order"],
-        "data.held_out_share": dump["data"]["held_out_share"],
-        # Without a share the seed decides nothing.
-        "data.held_out_seed": dump["data"]["held_out_seed"] if dump["data"]["held_out_share"] else None,
-    }
-    return keys | {f"optim.{key}": value for key, value in dump["optim"].items()}
+    return {key: value for key, value in _settings(recipe).items() if _decides_the_curve(key)} | {"model.dtype": dtype}
+
+
+def layout_of(recipe: Recipe, **found: Any) -> dict[str, Any]:
+    """What does not decide the curve: the other keys of the recipe, and what was found on this machine."""
+    place = ("run.name", "run.dir", "model.dtype")
+    others = {key: value for key, value in _settings(recipe).items() if not _decides_the_curve(key)}
+    return {key: value for key, value in others.items() if key not in place} | found
+
+
+CURVE_KEYS = {
+    "model.path",
+    "model.revision",
+    "loss",
+    "train.steps",
+    "train.epochs",
+    "train.spike_guard",
+    "run.seed",
+    "batch.examples",
+    "batch.tokens",
+    "data.train.weight",
+    "data.train.cap",
+    "data.order",
+    "data.held_out_share",
+    "data.held_out_seed",
+    "data.turns",
+    "data.control_tokens",
+    "data.max_tokens",
+    "data.too_long",
+    "data.bad_rows",
+    "data.chat_template",
+}
+
+
+def _decides_the_curve(key: str) -> bool:
+    return key in CURVE_KEYS or key.startswith("optim.")
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as `section.key: value`, secrets taken out; a source's keys are lists over the sources."""
+    dump = redacted_tree(recipe.model_dump(mode="json"))
+    flat: dict[str, Any] = {}
+    for section, values in dump.items():
+        flat |= (
+            {f"{section}.{key}": value for key, value in values.items()}
+            if isinstance(values, dict)
+            else {section: values}
+        )
+    for part in ("data.train", "data.held_out"):
+        sources = flat.pop(part)
+        flat |= {f"{part}.{key}": [source[key] for source in sources] for key in (sources[0] if sources else ())}
+    if not flat["data.held_out_share"]:
+        flat["data.held_out_seed"] = None  # without a share it decides nothing
+    return flat
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The held-out loss: the training loss over a whole held-out set, whatever the batching and the rank count."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,13 +63,17 @@ class HeldOutSet:
         """Trained tokens of each example: `[N]`."""
         return np.asarray(self.store.num_responses)[self.example_ids]
 
-    def loss_of(self, engine: Engine) -> float:
-        """Held-out loss in nats, the same on every rank. Touches neither gradients nor random state."""
+    def loss_of(self, engine: Engine, *, on_progress: Callable[[], None] = lambda: None) -> float:
+        """Held-out loss in nats, the same on every rank. Touches neither gradients nor random state.
+
+        on_progress: called before each micro-batch.
+        """
         store, rank = self.store, engine.world.rank
         weights = token_weights(self.num_responses, loss=self.loss)
         weight_of = dict(zip(self.example_ids.tolist(), weights.tolist(), strict=True))
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         with evaluating(engine.model):
             for row in self.micro_steps:
+                on_progress()
                 total += engine(build_micro_batch(store, row[rank], weight_of, is_last=False).to(engine.device))
         return float(sum_over_ranks(total))

@@ -83,18 +83,17 @@ class Job:
     @property
     def first_state(self) -> RunState:
         """The state before step 1."""
-        layout = {
+        found = {
             "processes": self.world.size,
             "train.engine": self.engine_name,
             "batch.pack_tokens": self.pack_tokens,
             "model.attention": self.backend.name,
-            "model.checkpointing": self.recipe.model.checkpointing,
             "device": self.device.type,
         }
         return checkpoint.first_state(
             curve=checkpoint.curve_of(self.recipe, dtype=str(self.dtype).removeprefix("torch.")),
             segment=Segment(0, self.store.fingerprint, self.draws),
-            layout=layout,
+            layout=checkpoint.layout_of(self.recipe, **found),
             code=package_files.code_identity(),
         )
 

@@ -134,8 +134,9 @@ def train_loop(
             raise not_finite(engine, batch, shares, store=store, reason=withheld or "", state=state)
         is_end = batch.step == num_steps
         if held_out is not None and (is_end or is_due(recipe.train.eval_every, batch.step)):
-            watchdog.progress(step=batch.step, phase="held-out loss")
-            loss = measure_held_out(engine, held_out, step=batch.step, trackers=trackers, attempt=attempt)
+            loss = measure_held_out(
+                engine, held_out, step=batch.step, trackers=trackers, watchdog=watchdog, attempt=attempt
+            )
             state = replace(state, held_out_loss=loss)
         if is_end or num_asked or is_due(recipe.train.save_every, batch.step):
             watchdog.progress(step=batch.step, phase="saving")
@@ -215,7 +216,7 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
     job = job.continuing(state)
     attempt = on_main(lambda: _record_start(job, state, continuation), world=world, device=job.device) or 0
     if world.is_main:
-        show_banner(console, job, model=engine.model, agreement=agreement, continuation=continuation)
+        show_banner(console, job, model=engine.model, agreement=agreement, continuation=continuation, attempt=attempt)
     state = _train(
         engine,
         state,
@@ -275,10 +276,13 @@ def stop_requested(stop: StopRequest, recipe: Recipe, world: World) -> bool:
     return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).exists())
 
 
-def measure_held_out(engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, attempt: int) -> float:
+def measure_held_out(
+    engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, watchdog: Watchdog, attempt: int
+) -> float:
     """Log and return the held-out loss after `step`."""
     started = time.perf_counter()
-    loss = held_out.loss_of(engine)
+    on_progress = functools.partial(watchdog.progress, step=step, phase="held-out loss")
+    loss = held_out.loss_of(engine, on_progress=on_progress)
     metrics = HeldOutMetrics(
         step=step,
         held_out_loss=loss,
@@ -358,7 +362,7 @@ def _train(
         if changed:
             trackers.log(ChangeMetrics(state.step, changed, attempt))
         if held_out is not None and state.step == 0:
-            measure_held_out(engine, held_out, step=0, trackers=trackers, attempt=attempt)
+            measure_held_out(engine, held_out, step=0, trackers=trackers, watchdog=watchdog, attempt=attempt)
         state = train_loop(
             engine,
             steps,
@@ -415,7 +419,7 @@ def _record_start(job: Job, state: RunState, continuation: Continuation | None) 
     """Add this start to run.json, beside the resolved recipe. Returns its attempt, from 1."""
     run_dir = job.recipe.run.path
     path = run_dir / RUN_JSON
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    starts = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if path.exists() else []
     start = {
         "attempt": len(starts) + 1,
         "time": _now(),

@@ -344,8 +344,9 @@ def test_what_decides_the_draws_is_compared_key_by_key(tmp_path: Path) -> None:
     now = state({"cap": 5}, "0b", order="source", held_out_share=0.1, held_out_seed=4)
     with pytest.raises(
         CheckpointError,
-        match=r"data\.train\.cap: \[None\] then, \[5\] now; data\.order: 'shuffle' then, 'source' now; "
-        r"data\.held_out_share: 0\.0 then, 0\.1 now; data\.held_out_seed: None then, 4 now; draws: '0a' then, '0b' now",
+        match=r"data\.held_out_share: 0\.0 then, 0\.1 now; data\.held_out_seed: None then, 4 now; "
+        r"data\.order: 'shuffle' then, 'source' now; data\.train\.cap: \[None\] then, \[5\] now; "
+        r"draws: '0a' then, '0b' now",
     ):
         continued(then, now, allow_change=False, path=tmp_path)
 
