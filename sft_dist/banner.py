@@ -10,7 +10,7 @@ from sft_dist import __version__
 from sft_dist.checkpoint import Continuation
 from sft_dist.data.draws import count_shared_prompts
 from sft_dist.job import Job
-from sft_dist.model.load import PackedModel
+from sft_dist.model.load import PackedModel, dropout_rates
 from sft_dist.model.verify import Agreement
 from sft_dist.redact import redacted
 
@@ -48,7 +48,7 @@ def show_banner(
     }
     if job.held_out_store is not None:
         lines["held out"] = _held_out(job)
-    if dropout := _dropout(model):
+    if dropout := ", ".join(f"{key}={rate}" for key, rate in dropout_rates(job.model_config).items()):
         lines["dropout"] = f"{dropout}: the curve is the same only for the same engine, processes and pack_tokens"
     table = Table.grid(padding=(0, 2))
     if attempt > 1 and continuation is None:
@@ -67,7 +67,7 @@ def _continuation(continuation: Continuation) -> Iterator[tuple[str, str]]:
     for text in continuation.changes.curve:
         yield "changed", f"{text}: the curve is another from here (--allow-change)"
     for text in continuation.changes.other:
-        yield "changed", f"{text}; the curve stays the same"
+        yield "changed", f"{text}; steps that are trained again are compared with what they were"
 
 
 def _held_out(job: Job) -> str:
@@ -83,11 +83,3 @@ def _held_out(job: Job) -> str:
 
 def _name(dtype: object) -> str:
     return {"torch.float32": "fp32", "torch.bfloat16": "bf16"}[str(dtype)]
-
-
-def _dropout(model: PackedModel) -> str:
-    """The config's dropout rates above zero, as `key=rate`."""
-    rates = {
-        key: value for key, value in model.causal_lm.config.to_dict().items() if key.endswith(("dropout", "_pdrop"))
-    }
-    return ", ".join(f"{key}={value}" for key, value in rates.items() if value)

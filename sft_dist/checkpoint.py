@@ -13,7 +13,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from sft_dist.redact import redacted_tree
 logger = logging.getLogger(__name__)
 
 SHAPES = "shapes.json"
+WAIT_S = 5.0
+"""Between signs of life while a save is waited for."""
 BYTES_PER_ELEMENT = 12
 """Master weight and two moments, fp32."""
 
@@ -56,7 +58,7 @@ class _Pending:
     began: float
     stall_s: float = 0.0
     thread: threading.Thread | None = None
-    failure: str | None = None
+    failure: str | None = "the write did not come to its end"
 
     @property
     def is_done(self) -> bool:
@@ -69,9 +71,19 @@ class Saver:
     Each step: `flags()` joins the step's reduction, and its sums go to `settle`.
     """
 
-    def __init__(self, engine: Engine, directory: Path, *, settings: TrainSection) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        *,
+        settings: TrainSection,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """on_progress: called while a save is waited for."""
         self._engine, self._directory, self._settings = engine, directory, settings
+        self._on_progress = on_progress
         self._snapshot = Snapshot()
+        self._umask = commits.read_umask()
         self._shapes = weight_shapes(engine)
         self._pending: _Pending | None = None
         self._undeleted: set[str] = set()
@@ -101,10 +113,13 @@ class Saver:
         if self._engine.is_replicated:
             fragments = share_of(fragments, rank=world.rank, world_size=world.size)
         if self._settings.save_in_background:
-            copies = self._snapshot.of(fragments)
-            # A daemon: a run that fails does not wait for a save that nobody will commit.
-            pending.thread = threading.Thread(target=self._write, args=(pending, copies), name="save", daemon=True)
-            pending.thread.start()
+            try:
+                copies = self._snapshot.of(fragments)
+                # A daemon: a run that fails does not wait for a save that nobody will commit.
+                pending.thread = threading.Thread(target=self._write, args=(pending, copies), name="save", daemon=True)
+                pending.thread.start()
+            except (MemoryError, RuntimeError) as error:  # all ranks learn of it as of a write that failed
+                pending.failure = f"no host memory for the copy ({error}); set train.save_in_background: false"
         else:
             self._write(pending, fragments)
         pending.stall_s = time.perf_counter() - began
@@ -136,9 +151,9 @@ class Saver:
         def seal() -> int:
             manifest: dict[str, Any] = {}
             for rank in range(world.size):
-                manifest |= json.loads((pending.writing / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
+                manifest |= json.loads(_part(pending.writing, rank, "json").read_text(encoding="utf-8"))
             for rank in range(world.size):
-                (pending.writing / f"rank-{rank:05d}.json").unlink()
+                _part(pending.writing, rank, "json").unlink()
             final = commits.commit(pending.writing, manifest)
             settings = self._settings
             failed = commits.prune(
@@ -170,8 +185,10 @@ class Saver:
         if self._pending is None:
             return None
         waiting = time.perf_counter()
-        if self._pending.thread is not None:
-            self._pending.thread.join()
+        while not self._pending.is_done:
+            assert self._pending.thread is not None
+            self._pending.thread.join(WAIT_S)
+            self._on_progress()
         sums = sum_over_ranks(torch.tensor(self.flags(), device=self._engine.device)).tolist()
         self._pending.stall_s += time.perf_counter() - waiting
         return self.settle(*sums)
@@ -180,14 +197,15 @@ class Saver:
         """Write this rank's part; what goes wrong is kept for the agreement of all ranks."""
         rank = self._engine.world.rank
         try:
-            files = [pending.writing / f"rank-{rank:05d}.safetensors"]
+            files = [_part(pending.writing, rank, "safetensors")]
             write_fragments(fragments, files[0])
             if rank == 0:
                 files += [pending.writing / SHAPES, pending.writing / commits.STATE]
                 files[1].write_text(json.dumps(self._shapes), encoding="utf-8")
                 files[2].write_text(pending.state.to_json(), encoding="utf-8")
-            manifest = json.dumps(commits.flush(files))
-            commits.write_durably(pending.writing / f"rank-{rank:05d}.json", manifest)
+            manifest = json.dumps(commits.flush(files, umask=self._umask))
+            commits.write_durably(_part(pending.writing, rank, "json"), manifest)
+            pending.failure = None
         # safetensors and torch have their own words for a full disk
         except (OSError, RuntimeError, SafetensorError) as error:
             pending.failure = str(error) or type(error).__name__
@@ -232,10 +250,12 @@ def restore(engine: Engine, path: Path, state: RunState) -> None:
     engine.restored(state.num_updates)
 
 
-def find_good(engine: Engine, candidates: Sequence[Path], *, may_fall_back: bool) -> tuple[Path, RunState, list[str]]:
+def find_good(
+    engine: Engine, candidates: Sequence[Path], *, may_fall_back: bool, trust: bool = False
+) -> tuple[Path, RunState, list[str]]:
     """The newest checkpoint of which every byte is right, its state, and what was wrong with newer ones. Collective.
 
-    candidates: newest first. may_fall_back: False when the user named it.
+    candidates: newest first. may_fall_back: False when the user named it. trust: whoever owns it.
     Raises CheckpointError when none is left.
     """
     world = engine.world
@@ -243,6 +263,8 @@ def find_good(engine: Engine, candidates: Sequence[Path], *, may_fall_back: bool
     for path in candidates:
         failure, state = "", None
         try:
+            if not trust:
+                commits.require_trusted(path)
             state = commits.read_state(path)
             commits.verify(path, part=world.rank, num_parts=world.size)
         except CheckpointError as error:
@@ -263,9 +285,13 @@ def find_good(engine: Engine, candidates: Sequence[Path], *, may_fall_back: bool
     )
 
 
-def curve_of(recipe: Recipe, *, dtype: str) -> dict[str, Any]:
-    """What decides the curve beside the draws, by key of the recipe. Launch, packing, engine and cadence do not."""
-    return {key: value for key, value in _settings(recipe).items() if _decides_the_curve(key)} | {"model.dtype": dtype}
+def curve_of(recipe: Recipe, *, dtype: str, model: str) -> dict[str, Any]:
+    """What decides the curve beside the draws, by key of the recipe. Launch, packing, engine and cadence do not.
+
+    model: a digest of the model's config. Where the model lies does not matter: its weights are in the checkpoint.
+    """
+    found = {"model.dtype": dtype, "model's config": model}
+    return {key: value for key, value in _settings(recipe).items() if _decides_the_curve(key)} | found
 
 
 def layout_of(recipe: Recipe, **found: Any) -> dict[str, Any]:
@@ -276,8 +302,6 @@ def layout_of(recipe: Recipe, **found: Any) -> dict[str, Any]:
 
 
 CURVE_KEYS = {
-    "model.path",
-    "model.revision",
     "loss",
     "train.steps",
     "train.epochs",
@@ -295,7 +319,6 @@ CURVE_KEYS = {
     "data.max_tokens",
     "data.too_long",
     "data.bad_rows",
-    "data.chat_template",
 }
 
 
@@ -316,6 +339,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     for part in ("data.train", "data.held_out"):
         sources = flat.pop(part)
         flat |= {f"{part}.{key}": [source[key] for source in sources] for key in (sources[0] if sources else ())}
+    flat["train.epochs"] = flat["train.epochs"] or 1  # what is meant where nothing is said; nothing beside train.steps
     if not flat["data.held_out_share"]:
         flat["data.held_out_seed"] = None  # without a share it decides nothing
     return flat
@@ -364,7 +388,9 @@ def continued(found: RunState, now: RunState, *, allow_change: bool, path: Path)
     segments = found.segments
     if changes.new_draws:
         segments = (*segments, replace(now.segment, after_step=found.step))
-    return replace(found, curve=now.curve, layout=now.layout, code=now.code, segments=segments)
+    # Losses of another curve are no measure of a spike.
+    recent = () if changes.curve else found.recent_losses
+    return replace(found, curve=now.curve, layout=now.layout, code=now.code, segments=segments, recent_losses=recent)
 
 
 def first_state(*, curve: dict[str, Any], segment: Segment, layout: dict[str, Any], code: dict[str, str]) -> RunState:
@@ -384,7 +410,12 @@ def _raise_together(failure: str, engine: Engine, path: Path) -> None:
     """Raise CheckpointError on every rank when one has a failure."""
     if any_rank(bool(failure), engine.device):
         said = next(text for text in gather_texts(failure, world=engine.world) if text)
-        raise CheckpointError(f"{path}: {said}")
+        raise CheckpointError(f"{path} cannot be gone on from: {said}; --resume-from names another")
+
+
+def _part(directory: Path, rank: int, kind: str) -> Path:
+    """A rank's file: its fragments (safetensors), or, while the checkpoint is written, what it wrote (json)."""
+    return directory / f"rank-{rank:05d}.{kind}"
 
 
 def _numel(shape: Sequence[int]) -> int:

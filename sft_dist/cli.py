@@ -24,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return verb(arguments)
     except SftDistError as error:
-        if error.is_local or _is_main():
-            lines = redacted(str(error)).splitlines()
-            print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
+        _say(error)
         return error.exit_code
     except BrokenPipeError:
         return 0
@@ -36,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _say(error: SftDistError) -> None:
+    """One line or several on stderr, by the one process whose word it is."""
+    if error.is_local or _is_main():
+        lines = redacted(str(error)).splitlines()
+        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -225,7 +230,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from sft_dist.world import stop_when_orphaned
+    from sft_dist.world import report_exit, stop_when_orphaned
 
     stop_when_orphaned()
     from sft_dist.config import load_recipe
@@ -233,7 +238,7 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
     recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
 
-    from sft_dist.console import make_console
+    from sft_dist.console import make_console, nobody_need_listen
     from sft_dist.engine.collectives import leave_process_group
     from sft_dist.job import ResumeOptions
     from sft_dist.train import run
@@ -244,16 +249,21 @@ def _train(arguments: argparse.Namespace) -> int:
         allow_change=arguments.allow_change,
         trust=arguments.trust_checkpoint,
     )
-    try:
-        result = run(recipe, console=make_console(), resume=resume, profile=arguments.profile)
-    finally:
-        leave_process_group()
-    if _is_main():
-        if result.finished:
-            withheld = f", {result.num_withheld} updates WITHHELD" * bool(result.num_withheld)
-            print(f"done: step {result.step}{withheld}, model in {result.model_dir}")
-        else:
-            print(f"stopped on request after step {result.step}; the same command goes on from there")
+    with nobody_need_listen(sys.stdout):
+        try:
+            result = run(recipe, console=make_console(), resume=resume, profile=arguments.profile)
+        except SftDistError as error:
+            _say(error)  # before the group is left, which may take long when a peer has died
+            report_exit(error.exit_code)
+            return error.exit_code
+        finally:
+            leave_process_group()
+        if _is_main():
+            if result.finished:
+                withheld = f", {result.num_withheld} updates WITHHELD" * bool(result.num_withheld)
+                print(f"done: step {result.step}{withheld}, model in {result.model_dir}")
+            else:
+                print(f"stopped on request after step {result.step}; the same command goes on from there")
     return 0
 
 

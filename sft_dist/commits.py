@@ -9,6 +9,7 @@ manifest has its size and hash. The newest one is found by looking, never by a p
 """
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -123,10 +124,15 @@ def make_room(directory: Path, step: int, *, size_bytes: int) -> Path:
     return writing
 
 
-def flush(files: list[Path]) -> dict[str, dict[str, Any]]:
-    """Bring files to the disk with the modes that the umask allows; their names, sizes and hashes."""
-    umask = os.umask(0)
+def read_umask() -> int:
+    """The umask, which can only be read by setting it: not in a thread, where others make files meanwhile."""
+    umask = os.umask(0o077)
     os.umask(umask)
+    return umask
+
+
+def flush(files: list[Path], *, umask: int) -> dict[str, dict[str, Any]]:
+    """Bring files to the disk with the modes that the umask allows; their names, sizes and hashes."""
     for file in files:
         file.chmod(0o666 & ~umask)  # safetensors writes 0600
         sync(file)
@@ -137,13 +143,12 @@ def commit(writing: Path, manifest: Mapping[str, Any]) -> Path:
     """Make a directory whose files are all on the disk a checkpoint. One process does this, once."""
     text = json.dumps({"version": FORMAT_VERSION, "files": manifest}, indent=2)
     write_durably(writing / MANIFEST, text)
+    write_durably(writing / COMMITTED, xxhash.xxh3_128_hexdigest(text.encode()) + "\n")
     sync(writing)
     final = writing.with_name(writing.name.removeprefix("."))
-    if final.exists():
+    if final.exists():  # broken, or from before the run went back behind it
         final.rename(final.with_name(f".old-{final.name}"))
-    writing.rename(final)
-    write_durably(final / COMMITTED, xxhash.xxh3_128_hexdigest(text.encode()) + "\n")
-    sync(final)
+    writing.rename(final)  # this is the commit
     sync(final.parent)
     return final
 
@@ -151,12 +156,21 @@ def commit(writing: Path, manifest: Mapping[str, Any]) -> Path:
 def prune(directory: Path, *, keep: int, keep_every: int | None, keep_best: int) -> list[str]:
     """Delete what need not be kept, after a newer commit. Returns what could not be deleted: no reason to stop.
 
-    keep: the newest so many. keep_every: those at multiples of it. keep_best: those with the least held-out loss.
+    keep: the newest so many. keep_every: those at multiples of it. keep_best: those with the least held-out loss among
+    those of the newest one's curve.
     """
     every = committed(directory)
     keeping = set(every[-keep:]) | {path for path in every if keep_every and step_of(path) % keep_every == 0}
     if keep_best:
-        measured = [(loss, step_of(path), path) for path in every if (loss := _held_out_loss(path)) is not None]
+        states = {path: state for path in every if (state := _state_or_none(path)) is not None}
+        newest = list(states.values())[-1:]
+        measured = [
+            (state.held_out_loss, state.step, path)
+            for path, state in states.items()
+            if state.held_out_loss is not None
+            and math.isfinite(state.held_out_loss)
+            and [(state.curve, state.segments)] == [(last.curve, last.segments) for last in newest]
+        ]
         keeping |= {path for *_, path in sorted(measured)[:keep_best]}
     failed = []
     for path in [*(p for p in every if p not in keeping), *directory.glob(".old-*")]:
@@ -187,7 +201,13 @@ def set_aside(path: Path) -> Path:
 
 def committed(directory: Path) -> list[Path]:
     """Checkpoints that say they are committed, oldest first."""
-    return [path for path in _steps(directory) if (path / COMMITTED).exists()]
+    return [path for path in steps(directory) if (path / COMMITTED).exists()]
+
+
+def steps(directory: Path) -> list[Path]:
+    """Whatever is named like a checkpoint, oldest first: also what has lost its COMMITTED."""
+    found = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def read_state(path: Path) -> RunState:
@@ -224,7 +244,9 @@ def require_trusted(path: Path) -> None:
     Nothing in a checkpoint is ever unpickled; but whoever can write it decides what is trained on from here.
     """
     for file in (path, *sorted(path.iterdir())):
-        info = file.stat()
+        info = file.lstat()
+        if stat.S_ISLNK(info.st_mode):
+            raise CheckpointError(f"{file}: is a link; a checkpoint holds its files itself")
         if info.st_uid not in (os.getuid(), 0):
             raise CheckpointError(
                 f"{file}: belongs to another user (uid {info.st_uid}); --trust-checkpoint goes on from it nevertheless"
@@ -252,7 +274,7 @@ class Listed:
 
 def list_checkpoints(directory: Path) -> Iterator[Listed]:
     """Every checkpoint, oldest first, verified byte by byte; then what is half written or was set aside."""
-    for path in _steps(directory):
+    for path in steps(directory):
         state, verdict = None, "good"
         try:
             state = read_state(path)
@@ -267,11 +289,14 @@ def list_checkpoints(directory: Path) -> Iterator[Listed]:
 
 
 def write_durably(file: Path, text: str) -> None:
-    """Write a text file and flush it to the disk."""
-    with file.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+    """Write a text file and flush it to the disk. Raises OSError naming the file."""
+    try:
+        with file.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:  # a write that fails does not know its file
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def replace_durably(file: Path, text: str) -> None:
@@ -280,11 +305,6 @@ def replace_durably(file: Path, text: str) -> None:
     write_durably(writing, text)
     writing.replace(file)
     sync(file.parent)
-
-
-def _steps(directory: Path) -> list[Path]:
-    found = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir()]
-    return sorted(found, key=step_of)
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -296,8 +316,6 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path}: not a committed checkpoint: {Path(error.filename).name} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if digest.isdigit() and len(digest) < 4:  # the first format had its number there
-        _refuse_format(path, digest)
     if xxhash.xxh3_128_hexdigest(text.encode()) != digest:
         raise CheckpointError(f"{path / MANIFEST}: is not what was committed: COMMITTED names another hash")
     try:
@@ -307,6 +325,9 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path / MANIFEST}: is no manifest: {error}") from None
     if version != FORMAT_VERSION:
         _refuse_format(path, version)
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path / MANIFEST}: names {name!r}, a file outside of the checkpoint")
     return files
 
 
@@ -334,9 +355,9 @@ def _describe(file: Path) -> dict[str, Any]:
     return {"size_bytes": file.stat().st_size, "xxh3": digest.hexdigest()}
 
 
-def _held_out_loss(path: Path) -> float | None:
+def _state_or_none(path: Path) -> RunState | None:
     try:
-        return read_state(path).held_out_loss
+        return read_state(path)
     except CheckpointError:
         return None
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from transformers import PretrainedConfig
 
 from sft_dist import checkpoint, commits, package_files
 from sft_dist.commits import RunState, Segment
@@ -22,8 +23,17 @@ from sft_dist.engine.start import resolve_engine, zero_knobs
 from sft_dist.errors import CheckpointError, ConfigError
 from sft_dist.metrics import last_commit
 from sft_dist.model.attention import Backend, choose_backend
-from sft_dist.model.load import PackedModel, check_context, compute_dtype, load_model, read_config
+from sft_dist.model.load import (
+    PackedModel,
+    check_context,
+    compute_dtype,
+    config_digest,
+    dropout_rates,
+    load_model,
+    read_config,
+)
 from sft_dist.run_files import CHECKPOINTS, METRICS
+from sft_dist.run_record import read_starts
 from sft_dist.world import World, check_launcher_agrees, read_world
 
 # The check before step 1 runs eager attention, whose memory grows with the square of a document.
@@ -62,6 +72,7 @@ class Job:
     store: TokenStore
     held_out_store: TokenStore | None
     held_out_ids: NDArray[np.int64]
+    model_config: PretrainedConfig
     tokenizer: ChatTokenizer
     pack_tokens: int | None
     schedule: Schedule
@@ -90,8 +101,13 @@ class Job:
             "model.attention": self.backend.name,
             "device": self.device.type,
         }
+        curve = checkpoint.curve_of(
+            self.recipe, dtype=str(self.dtype).removeprefix("torch."), model=config_digest(self.model_config)
+        )
+        if dropout_rates(self.model_config):  # its random numbers depend on the layout
+            curve |= {key: found.pop(key) for key in ("processes", "train.engine", "batch.pack_tokens")}
         return checkpoint.first_state(
-            curve=checkpoint.curve_of(self.recipe, dtype=str(self.dtype).removeprefix("torch.")),
+            curve=curve,
             segment=Segment(0, self.store.fingerprint, self.draws),
             layout=checkpoint.layout_of(self.recipe, **found),
             code=package_files.code_identity(),
@@ -102,6 +118,16 @@ class Job:
         if state.segment.after_step == 0:
             return self
         return replace(self, schedule=schedule_of(self.recipe, self.store, after_step=state.segment.after_step))
+
+    def require_same_checkpoints(self) -> None:
+        """Raise CheckpointError when another job has saved or deleted some since they were looked for.
+
+        Call when the run's directory is locked: ranks of a run that was just stopped may have been saving.
+        """
+        if _find_checkpoints(self.recipe, self.resume) != self.candidates:
+            raise CheckpointError(
+                f"{self.recipe.run.path}: another job saved here while this one was starting; start it again"
+            )
 
     def load_model(self) -> PackedModel:
         """Read the weights; under ZeRO-3 each rank keeps its part."""
@@ -167,6 +193,7 @@ def plan_job(recipe: Recipe, *, console: Console, resume: ResumeOptions) -> Job:
         store=store,
         held_out_store=held_out_store,
         held_out_ids=held_out_ids,
+        model_config=config,
         tokenizer=ChatTokenizer.load(section.path, revision=section.revision, chat_template=recipe.data.chat_template),
         pack_tokens=_checked_pack_tokens(recipe, [store, held_out_store]),
         schedule=schedule,
@@ -197,29 +224,45 @@ def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int
 def _find_checkpoints(recipe: Recipe, resume: ResumeOptions) -> tuple[Path, ...]:
     """What a run may go on from, newest first. Raises CheckpointError where something must be there and is not."""
     directory = recipe.run.path / CHECKPOINTS
-    found = tuple(reversed(commits.committed(directory)))
+    found = tuple(reversed(commits.steps(directory)))
     if found and resume.forbid:
         raise CheckpointError(
             f"{recipe.run.path} already holds checkpoints up to {found[0].name}; resume it, or choose another run.name"
         )
+    starts = read_starts(recipe.run.path)
+    last_start = starts[-1] if starts else {}
+    newest = max((commits.step_of(path) for path in commits.committed(directory)), default=0)
+    has_gone_on = newest > last_start.get("after_step", 0)
     if resume.start not in (None, "latest"):
-        path = directory / commits.name_of(int(resume.start)) if resume.start.isdigit() else Path(resume.start)
-        if not path.is_dir():
-            names = ", ".join(known.name for known in found) or "none"
-            raise CheckpointError(f"--resume-from {resume.start}: there is no {path}; there are: {names}")
-        found = (path,)
+        # A job that is started again with the same words goes on from what it has saved since.
+        if not (has_gone_on and last_start.get("asked") == resume.start):
+            found = (_named(resume.start, directory),)
     elif not found:
         last = last_commit(recipe.run.path / METRICS)
         if last is not None or resume.start == "latest":
             was = f"step {last} was committed and" if last is not None else "--resume-from latest, and"
             raise CheckpointError(
-                f"{directory}: {was} no committed checkpoint is here; put it back, or choose another run.name: "
+                f"{directory}: {was} no checkpoint is here; put it back, or choose another run.name: "
                 "a run that was begun does not start again at step 1 by itself"
             )
-    if not resume.trust:
-        for path in found:
-            commits.require_trusted(path)
+    came_from = last_start.get("from")
+    if resume.start is None and came_from and not has_gone_on and Path(came_from).parent != directory.absolute():
+        raise CheckpointError(
+            f"{recipe.run.path} went on from {came_from} and has saved nothing since; "
+            f"give --resume-from {came_from} again"
+        )
+    if found and not resume.trust:
+        commits.require_trusted(found[0])
     return found
+
+
+def _named(start: str, directory: Path) -> Path:
+    """The checkpoint that --resume-from names, by step or by path."""
+    path = directory / commits.name_of(int(start)) if start.isdigit() else Path(start)
+    if not path.is_dir():
+        names = ", ".join(known.name for known in commits.committed(directory)) or "none"
+        raise CheckpointError(f"--resume-from {start}: there is no {path}; there are: {names}")
+    return path
 
 
 def _refuse_early(job: Job) -> None:

@@ -5,6 +5,7 @@ the next `attempt`; readers take the last attempt of a step and ignore a torn la
 """
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -20,6 +21,7 @@ import xxhash
 from sft_dist.data.batch import StepBatch
 from sft_dist.engine.interface import StepResult
 
+logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -134,13 +136,22 @@ def to_line(metrics: Metrics) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines as they were written; a torn last line is ignored."""
+    """Lines as they were written; a torn last line is ignored, and others that are no JSON are told and left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    damaged = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+            except ValueError:  # a power cut leaves zeros where lines were
+                damaged.append(number)
+                continue
+            yield record
+    if damaged:
+        logger.warning("%s: %d lines cannot be read, the first is line %d", path, len(damaged), damaged[0])
 
 
 def read_steps(path: Path) -> dict[int, dict[str, Any]]:

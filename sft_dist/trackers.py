@@ -53,11 +53,12 @@ class Trackers:
 class JsonlTracker:
     """Appends one line per record, and repairs a torn last line first: a crash may have cut it.
 
-    may_wait: lines that a full disk does not take are kept and written when it does; otherwise `log` raises OSError.
+    Lines that a full disk does not take are kept and written when it does: whether the run stops is for the next
+    checkpoint to say, on all ranks alike.
     """
 
-    def __init__(self, path: Path, *, may_wait: bool = False) -> None:
-        self._path, self._may_wait = path, may_wait
+    def __init__(self, path: Path) -> None:
+        self._path = path
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._file = path.open("ab", buffering=0)
@@ -68,6 +69,21 @@ class JsonlTracker:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in to_line(metrics).items()}
         was_waiting = bool(self._waiting)
         self._waiting += json.dumps(line).encode() + b"\n"
+        failure = self._write()
+        if isinstance(metrics, CommitMetrics) and failure is None:
+            os.fsync(self._file.fileno())  # the steps before a checkpoint are never trained again
+        if failure is not None and not was_waiting:
+            logger.warning("%s: %s; lines are kept until it can be written again", self._path, failure.strerror)
+
+    def close(self, *, failed: bool = False) -> None:
+        failure = self._write() if self._waiting else None
+        self._file.close()
+        if failure is not None:
+            lost = self._waiting.count(b"\n")
+            logger.warning("%s: %s; its last %d lines are lost", self._path, failure.strerror, lost)
+
+    def _write(self) -> OSError | None:
+        """Write all that waits, or nothing: half a line would spoil the one behind it. Returns why it could not."""
         size = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(self._waiting)
@@ -75,15 +91,9 @@ class JsonlTracker:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         except OSError as error:
             os.ftruncate(self._file.fileno(), size)
-            if not self._may_wait:
-                raise
-            if not was_waiting:
-                logger.warning("%s: %s; lines are kept until it can be written again", self._path, error.strerror)
-            return
+            return error
         self._waiting = b""
-
-    def close(self, *, failed: bool = False) -> None:
-        self._file.close()
+        return None
 
 
 class ConsoleTracker:
@@ -207,19 +217,23 @@ class ReplayTracker:
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
+        self._num_different = 0
 
     def log(self, metrics: Metrics) -> None:
         if isinstance(metrics, StepMetrics) and (difference := self._replay.difference(metrics)):
-            logger.warning("step %d was trained before, and %s", metrics.step, difference)
+            self._num_different += 1
+            if self._num_different == 1:  # those behind it follow from it
+                logger.warning("step %d was trained before, and %s", metrics.step, difference)
 
     def close(self, *, failed: bool = False) -> None:
-        pass
+        if self._num_different:
+            logger.warning("%d steps did not come out as they did before", self._num_different)
 
 
 def start_trackers(recipe: Recipe, *, console: Console, num_steps: int, done: int, replay: Replay) -> Trackers:
     """The trackers of rank 0."""
     trackers: list[Tracker] = [
-        JsonlTracker(recipe.run.path / METRICS, may_wait=recipe.train.on_save_error == "go_on"),
+        JsonlTracker(recipe.run.path / METRICS),
         ConsoleTracker(console, num_steps=num_steps, done=done),
         ReplayTracker(replay),
     ]

@@ -6,11 +6,9 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +42,7 @@ from sft_dist.metrics import (
     CommitMetrics,
     HeldOutMetrics,
     Replay,
+    last_commit,
     read_steps,
     step_metrics,
 )
@@ -53,15 +52,20 @@ from sft_dist.oom import explained_out_of_memory
 from sft_dist.optim import build_adamw, lr_at
 from sft_dist.quiet import quiet_libraries
 from sft_dist.rank_log import flight_recorder_env, per_rank_log
-from sft_dist.redact import redacted
-from sft_dist.run_files import CHECKPOINTS, CONFIG, INTERRUPTED, LOCK, LOGS, METRICS, MODEL, RUN_JSON, STOP_FILE
+from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL, STOP_FILE
+from sft_dist.run_record import record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
 from sft_dist.world import StopRequest, World
 
 logger = logging.getLogger(__name__)
 
-REPLAY_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+REPLAY_TOLERANCE = {
+    ("cpu", torch.float32): 1e-5,
+    ("cpu", torch.bfloat16): 2e-2,
+    ("cuda", torch.float32): 2e-2,  # TF32
+    ("cuda", torch.bfloat16): 2e-2,
+}
 """What a step's loss may differ by, relatively, when it is trained again: on as many processes it is bit for bit the
 same on a CPU, on others it is rounded differently."""
 NUM_NAMED = 20
@@ -108,6 +112,7 @@ def train_loop(
             shares.append(share.detach().double())
         asked = stop_requested(stop, recipe, engine.world)
         told = torch.tensor([asked, *saver.flags()], dtype=torch.float64, device=engine.device)
+        # The one reduction of a step besides the gradients': its loss, who was asked to stop, who has saved.
         loss, num_asked, *saved = sum_over_ranks(torch.cat([torch.stack(shares).sum()[None], told])).tolist()
         withheld = reason_to_withhold(loss, state.recent_losses, spike_guard=recipe.train.spike_guard)
         lr = lr_at(batch.step, optim=recipe.optim, num_steps=num_steps)
@@ -134,10 +139,10 @@ def train_loop(
             raise not_finite(engine, batch, shares, store=store, reason=withheld or "", state=state)
         is_end = batch.step == num_steps
         if held_out is not None and (is_end or is_due(recipe.train.eval_every, batch.step)):
-            loss = measure_held_out(
+            held_out_loss = measure_held_out(
                 engine, held_out, step=batch.step, trackers=trackers, watchdog=watchdog, attempt=attempt
             )
-            state = replace(state, held_out_loss=loss)
+            state = replace(state, held_out_loss=held_out_loss)
         if is_end or num_asked or is_due(recipe.train.save_every, batch.step):
             watchdog.progress(step=batch.step, phase="saving")
             log_commit(saver.start(state), trackers, attempt=attempt)
@@ -190,31 +195,44 @@ def _errors_explained(watchdog: Watchdog) -> Iterator[None]:
         lost = watchdog.explain(error)
         if lost is not None:
             raise lost from None
-        logger.exception("the run ends")
+        logger.info("the run ends", exc_info=True)  # to the rank's log; the interpreter prints it
         raise
 
 
 def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, profile: bool) -> RunResult:
     recipe, world = job.recipe, job.world
     require_agreement(job.identity, world=world, device=job.device)
+    on_main(job.require_same_checkpoints, world=world, device=job.device)
     watchdog.watch_peers()
-    watchdog.progress(step=0, phase="loading the model")
-    engine = start_engine(
-        recipe,
-        name=job.engine_name,
-        world=world,
-        dtype=job.dtype,
-        device=job.device,
-        load_model=job.load_model,
-        make_optimizer=functools.partial(build_adamw, optim=recipe.optim),
-    )
+    with watchdog.unhurried("loading the model"):
+        engine = start_engine(
+            recipe,
+            name=job.engine_name,
+            world=world,
+            dtype=job.dtype,
+            device=job.device,
+            load_model=job.load_model,
+            make_optimizer=functools.partial(build_adamw, optim=recipe.optim),
+        )
     watchdog.progress(step=0, phase="checking the model")
     with evaluating(engine.model):
         agreement = require_own_loss(engine.model, job.probe_batch())
-    watchdog.progress(step=0, phase="resuming")
-    state, continuation = _resume(engine, job) if job.candidates else (job.first_state, None)
+    with watchdog.unhurried("resuming"):
+        state, continuation = _resume(engine, job) if job.candidates else (job.first_state, None)
     job = job.continuing(state)
-    attempt = on_main(lambda: _record_start(job, state, continuation), world=world, device=job.device) or 0
+
+    def record() -> tuple[int, bool]:
+        changes = continuation.changes if continuation else None
+        return record_start(
+            recipe.run.path,
+            state,
+            came_from=continuation.path if continuation else None,
+            asked=job.resume.start,
+            changed=[*changes.curve, *changes.other] if changes else [],
+            config=recipe.to_yaml(),
+        )
+
+    attempt, is_new_curve = on_main(record, world=world, device=job.device) or (0, False)
     if world.is_main:
         show_banner(console, job, model=engine.model, agreement=agreement, continuation=continuation, attempt=attempt)
     state = _train(
@@ -226,11 +244,11 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
         watchdog=watchdog,
         profile=profile,
         attempt=attempt,
-        changed=continuation.changes.curve if continuation else (),
+        new_curve=(continuation.changes.curve if continuation else ()) if is_new_curve else None,
     )
     finished = state.step >= job.schedule.num_steps
-    watchdog.progress(step=state.step, phase="exporting")
-    model_dir = _export(engine, job) if finished else None
+    with watchdog.unhurried("exporting"):
+        model_dir = _export(engine, job) if finished else None
     engine.close()
     watchdog.finish()
     steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
@@ -337,9 +355,12 @@ def _train(
     watchdog: Watchdog,
     profile: bool,
     attempt: int,
-    changed: tuple[str, ...],
+    new_curve: tuple[str, ...] | None,
 ) -> RunState:
-    """Lay the steps out, open the trackers, and run the loop."""
+    """Lay the steps out, open the trackers, and run the loop.
+
+    new_curve: what changed since the checkpoint, where the curve is not that of the start before.
+    """
     recipe, num_steps, run_dir = job.recipe, job.schedule.num_steps, job.recipe.run.path
     cost = CostModel.from_config(engine.model.causal_lm.config.to_dict()) or CostModel()
     held_out = None
@@ -351,16 +372,20 @@ def _train(
     steps = load_steps(
         job.store, batches, rank=job.world.rank, loss=recipe.loss, pack_tokens=job.pack_tokens, device=job.device
     )
-    saver = Saver(engine, run_dir / CHECKPOINTS, settings=recipe.train)
-    trackers = Trackers([])
-    if job.world.is_main:
-        # With other settings from here on, what was trained before is no measure.
-        first = num_steps if changed else state.step
-        replay = Replay(run_dir / METRICS, after_step=first, tolerance=REPLAY_TOLERANCE[job.dtype])
-        trackers = start_trackers(recipe, console=console, num_steps=num_steps, done=state.step, replay=replay)
-    with trackers, _profiler(recipe, enabled=profile, world=job.world) as profiler:
-        if changed:
-            trackers.log(ChangeMetrics(state.step, changed, attempt))
+    saver = Saver(engine, run_dir / CHECKPOINTS, settings=recipe.train, on_progress=watchdog.progress)
+
+    def open_trackers() -> Trackers:
+        # What was trained on another curve is no measure.
+        first = state.step if new_curve is None else num_steps
+        tolerance = REPLAY_TOLERANCE[job.device.type, job.dtype]
+        replay = Replay(run_dir / METRICS, after_step=first, tolerance=tolerance)
+        return start_trackers(recipe, console=console, num_steps=num_steps, done=state.step, replay=replay)
+
+    trackers = on_main(open_trackers, world=job.world, device=job.device) or Trackers([])
+    # Inside of the trackers: closing them may take a while, in which this rank must not seem to be at work.
+    with trackers, watchdog.leaving_on_error(), _profiler(recipe, enabled=profile, world=job.world) as profiler:
+        if new_curve is not None:
+            trackers.log(ChangeMetrics(state.step, new_curve, attempt))
         if held_out is not None and state.step == 0:
             measure_held_out(engine, held_out, step=0, trackers=trackers, watchdog=watchdog, attempt=attempt)
         state = train_loop(
@@ -378,21 +403,20 @@ def _train(
             attempt=attempt,
             profiler=profiler,
         )
-    if state.step < num_steps:
-        on_main(lambda: _mark_interrupted(run_dir, saver, state, stop), world=job.world, device=job.device)
+    on_main(lambda: end_orderly(run_dir, saver, state, stop, num_steps), world=job.world, device=job.device)
     return state
 
 
-def _mark_interrupted(run_dir: Path, saver: Saver, state: RunState, stop: StopRequest) -> None:
-    """Say on disk that the request to stop was obeyed. Raises CheckpointError when the state could not be saved."""
-    if saver.last_step != state.step:
+def end_orderly(run_dir: Path, saver: Saver, state: RunState, stop: StopRequest, num_steps: int) -> None:
+    """Note how the steps ended. Raises CheckpointError when they were to stop and the state could not be saved."""
+    interrupted = state.step < num_steps
+    if interrupted and saver.last_step != state.step:
         raise CheckpointError(
             f"{run_dir}: stopped on request after step {state.step}, but its checkpoint could not be written; "
             "the same command goes on from an older one"
         )
-    note = {"step": state.step, "reason": stop.received or "asked by another rank or by a stop file", "time": _now()}
-    commits.replace_durably(run_dir / INTERRUPTED, json.dumps(note) + "\n")
-    (run_dir / STOP_FILE).unlink(missing_ok=True)  # obeyed
+    reason = stop.received or "asked by another rank or by a stop file"
+    record_end(run_dir, interrupted_after=state.step if interrupted else None, reason=reason)
 
 
 def _resume(engine: Engine, job: Job) -> tuple[RunState, Continuation]:
@@ -401,45 +425,26 @@ def _resume(engine: Engine, job: Job) -> tuple[RunState, Continuation]:
     Raises CheckpointError when none is good, or when the curve would change and that was not allowed.
     """
     options = job.resume
-    path, found, wrong = checkpoint.find_good(engine, job.candidates, may_fall_back=options.start is None)
+    path, found, wrong = checkpoint.find_good(
+        engine,
+        job.candidates,
+        may_fall_back=options.start is None or len(job.candidates) > 1,
+        trust=options.trust,
+    )
     state = checkpoint.continued(found, job.first_state, allow_change=options.allow_change, path=path)
     checkpoint.restore(engine, path, state)
     changes = checkpoint.changes_since(found, job.first_state)
 
     def set_newer_aside() -> list[str]:
-        newer = [p for p in commits.committed(job.recipe.run.path / CHECKPOINTS) if commits.step_of(p) > found.step]
+        newer = [p for p in commits.steps(job.recipe.run.path / CHECKPOINTS) if commits.step_of(p) > found.step]
         return [f"set aside: {commits.set_aside(p)}" for p in newer]
 
     aside = on_main(set_newer_aside, world=engine.world, device=engine.device) or []
     warnings = [f"broken: {text}" for text in wrong] + aside
+    last = last_commit(job.recipe.run.path / METRICS)
+    if options.start is None and last is not None and last > found.step and not wrong:
+        warnings.append(f"step {last} was committed, and is not here any more")
     return state, Continuation(path, found.step, tuple(warnings), changes)
-
-
-def _record_start(job: Job, state: RunState, continuation: Continuation | None) -> int:
-    """Add this start to run.json, beside the resolved recipe. Returns its attempt, from 1."""
-    run_dir = job.recipe.run.path
-    path = run_dir / RUN_JSON
-    starts = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if path.exists() else []
-    start = {
-        "attempt": len(starts) + 1,
-        "time": _now(),
-        "host": socket.gethostname(),
-        "after_step": state.step,
-        "from": str(continuation.path) if continuation else None,
-        "changed": [*continuation.changes.curve, *continuation.changes.other] if continuation else [],
-        "layout": state.layout,
-        "code": state.code,
-    }
-    segments = [asdict(segment) for segment in state.segments]
-    text = json.dumps({"attempts": len(starts) + 1, "segments": segments, "starts": [*starts, start]}, indent=2)
-    commits.replace_durably(path, redacted(text) + "\n")
-    commits.replace_durably(run_dir / CONFIG, redacted(job.recipe.to_yaml()))
-    (run_dir / INTERRUPTED).unlink(missing_ok=True)
-    return len(starts) + 1
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _export(engine: Engine, job: Job) -> Path:

@@ -1,6 +1,5 @@
 """Send a run to wandb after the fact: `sft-dist sync RUN`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +90,7 @@ def _last_attempts(path: Path) -> list[dict[str, Any]]:
 
     Raises ConfigError where there are none.
     """
-    try:
-        last = {(line["step"], line.get("event")): line for line in read_lines(path) if "step" in line}
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: a line is no JSON ({error}); remove it and sync again") from None
+    last = {(line["step"], line.get("event")): line for line in read_lines(path) if "step" in line}
     if not last:
         raise ConfigError(f"{path}: no records; nothing to send")
     return sorted(last.values(), key=lambda line: int(line["step"]))

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,6 +23,7 @@ from sft_dist import heartbeat
 from sft_dist.errors import RankLostError, SftDistError
 from sft_dist.heartbeat import FINISHED, LEFT, NOBODY, RUNNING, Heartbeat
 from sft_dist.rank_log import log_path, original_stderr
+from sft_dist.redact import redacted
 from sft_dist.run_files import HEARTBEATS
 from sft_dist.world import World, report_exit
 
@@ -83,6 +84,7 @@ class Watchdog:
         self._step, self._phase, self._progress_at = 0, self._own.phase, time.monotonic()
         self._peers: dict[int, _Peer] = {}
         self._own_lock = threading.Lock()
+        self._unhurried = False
         self._watches = self._explains = self._is_hanging = self._write_failed = self._said_unwritten = False
         self._loss: Loss | None = None
         self._loss_at = self._next_sweep = 0.0
@@ -141,6 +143,27 @@ class Watchdog:
             self._phase = phase
         self._progress_at = time.monotonic()
 
+    @contextlib.contextmanager
+    def unhurried(self, phase: str) -> Iterator[None]:
+        """What takes as long as disks and networks take: in this block it counts as progress that the process runs."""
+        self.progress(phase=phase)
+        self._unhurried = True
+        try:
+            yield
+        finally:
+            self._unhurried = False
+            self.progress()
+
+    @contextlib.contextmanager
+    def leaving_on_error(self) -> Iterator[None]:
+        """Tell the peers of an error when it leaves the block, before what is around the block is cleared up."""
+        try:
+            yield
+        except SftDistError as error:
+            if not isinstance(error, RankLostError):
+                self._leave(_in_short(error), blamed=self.world.rank)
+            raise
+
     def finish(self) -> None:
         """The run ends well, finished or stopped on request; peers that end now are not minded."""
         self._change(state=FINISHED)
@@ -194,6 +217,8 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.is_set():
             self._rest(0.2 * heartbeat.BEAT_S if self._explains else heartbeat.BEAT_S)
+            if self._unhurried:
+                self.progress()
             self._beat()
             if self._stop.is_set() or self._own.state == FINISHED:
                 continue
@@ -436,7 +461,7 @@ def _bounded(action: Callable[[], None], *, seconds: float) -> None:
 
 def _in_short(error: BaseException) -> str:
     """Type and first line."""
-    first = (str(error).splitlines() or [""])[0][:300]
+    first = (redacted(str(error)).splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 

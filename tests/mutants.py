@@ -265,13 +265,6 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------ checkpoints and resume
     Mutant(
-        "optimizer state not restored",
-        "engine/local.py",
-        'for key in ("step", "exp_avg", "exp_avg_sq"):',
-        "for key in ():",
-        RESUMED,
-    ),
-    Mutant(
         "schedule starts over after a resume",
         "train.py",
         "first_step=state.step + 1,",
@@ -279,18 +272,155 @@ MUTANTS = [
         RESUMED,
     ),
     Mutant(
+        "optimizer state not restored",
+        "engine/fragments.py",
+        "                    target[done - start : end - start].copy_(",
+        '                    (target if kind == "master" else target.clone())[done - start : end - start].copy_(',
+        RESUMED,
+    ),
+    Mutant(
+        "the optimiser counts its updates from 0 again",
+        "engine/local.py",
+        '["step"].fill_(num_updates)',
+        '["step"].fill_(0)',
+        RESUMED,
+    ),
+    Mutant(
+        "ZeRO-3 goes on with the weights it was started with",
+        "engine/zero.py",
+        "            weights.data.copy_(master.data)\n",
+        "            pass\n",
+        f"{RESUME}::test_a_resumed_run_is_the_uninterrupted_run[zero3-packs-example_mean-r103-bf16-from6-w2]",
+    ),
+    Mutant(
         "checkpoint bytes not hashed",
-        "checkpoint.py",
+        "commits.py",
         "digest.update(block)",
         "pass",
-        "unit/test_checkpoint.py::test_a_damaged_file_is_named[flip]",
+        "unit/test_commits.py::test_a_damaged_file_is_named",
+    ),
+    Mutant(
+        "manifest not hashed",
+        "commits.py",
+        "if xxhash.xxh3_128_hexdigest(text.encode()) != digest:",
+        "if not digest:",
+        "unit/test_commits.py::test_a_commit_mark_that_names_another_manifest_is_refused",
+    ),
+    Mutant(
+        "ranks that share the reading leave files out",
+        "commits.py",
+        "files[part::num_parts]",
+        "files[part : part + 1]",
+        "unit/test_commits.py::test_ranks_that_share_the_reading_leave_no_file_out",
     ),
     Mutant(
         "another run's checkpoint accepted",
         "checkpoint.py",
-        "if changed:",
-        "if len(changed) > 99:",
-        "unit/test_checkpoint.py::test_another_run_is_refused_key_by_key",
+        "if changes.curve and not allow_change:",
+        "if len(changes.curve) > 99:",
+        "unit/test_checkpoint.py::test_settings_that_change_the_curve_are_refused_key_by_key",
+    ),
+    Mutant(
+        "changed draws do not begin a segment",
+        "checkpoint.py",
+        "    if changes.new_draws:\n",
+        "    if False:\n",
+        "unit/test_checkpoint.py::test_a_change_that_is_allowed_keeps_the_draws_unless_they_changed",
+    ),
+    Mutant(
+        "one rank's failed write is committed",
+        "checkpoint.py",
+        "        if num_failed:\n",
+        "        if num_failed > 1:\n",
+        "unit/test_checkpoint.py::test_a_save_that_fails_anywhere_ends_the_run_and_keeps_the_one_before",
+    ),
+    Mutant(
+        "a save is committed before all ranks have written",
+        "checkpoint.py",
+        "if pending is None or num_written + num_failed < world.size:",
+        "if pending is None:",
+        "unit/test_checkpoint.py::test_a_save_is_committed_by_the_step_that_finds_all_ranks_done",
+    ),
+    Mutant(
+        "the copy is no copy",
+        "engine/fragments.py",
+        "                begin, offset = begin + numel, offset + numel\n",
+        "                views = {kind: t[begin : begin + numel] for kind, t in fragment.tensors.items()}\n"
+        "                copies[-1] = Fragment(fragment.name, fragment.start + begin, views)\n"
+        "                begin, offset = begin + numel, offset + numel\n",
+        "unit/test_fragments.py::test_a_snapshot_keeps_what_was_and_its_buffers",
+    ),
+    Mutant(
+        "a broken checkpoint that was named is passed over in silence",
+        "checkpoint.py",
+        "        if not may_fall_back:\n            break\n",
+        "",
+        "unit/test_checkpoint.py::test_a_named_one_that_is_broken_is_refused",
+    ),
+    Mutant(
+        "old checkpoints deleted before the new one is whole",
+        "commits.py",
+        "    free = shutil.disk_usage(directory).free\n",
+        "    for old in committed(directory):\n        shutil.rmtree(old)\n"
+        "    free = shutil.disk_usage(directory).free\n",
+        "unit/test_checkpoint.py::test_a_save_that_fails_anywhere_ends_the_run_and_keeps_the_one_before",
+    ),
+    Mutant(
+        "half a deletion looks committed",
+        "commits.py",
+        '                path = path.rename(path.with_name(f".old-{path.name}"))\n',
+        "                pass\n",
+        "unit/test_commits.py::test_a_crash_at_any_moment_leaves_whole_checkpoints "
+        "unit/test_commits.py::test_what_cannot_be_deleted_is_told_and_tried_again_and_stops_no_save",
+    ),
+    Mutant(
+        "checkpoint committed before its manifest",
+        "commits.py",
+        "    write_durably(writing / MANIFEST, text)\n    sync(writing)\n",
+        "    write_durably(writing / COMMITTED, xxhash.xxh3_128_hexdigest(text.encode()))\n",
+        "unit/test_commits.py::test_a_crash_at_any_moment_leaves_whole_checkpoints",
+    ),
+    Mutant(
+        "a checkpoint that everybody may write is trusted",
+        "commits.py",
+        "if info.st_mode & stat.S_IWOTH:",
+        "if info.st_mode & stat.S_IXOTH & ~stat.S_IXOTH:",
+        "unit/test_commits.py::test_what_others_own_or_may_write_is_not_trusted",
+    ),
+    Mutant(
+        "update with a gradient that is not finite",
+        "engine/local.py",
+        "applied = math.isfinite(grad_norm) and not withhold",
+        "applied = not withhold",
+        "unit/test_local_engine.py::test_a_step_whose_gradient_is_not_finite_is_withheld",
+    ),
+    Mutant(
+        "update with a loss that is not finite",
+        "guard.py",
+        "if not math.isfinite(loss):",
+        "if math.isnan(loss):",
+        "unit/test_guard.py::test_a_loss_that_is_not_finite_is_withheld_with_and_without_a_guard",
+    ),
+    Mutant(
+        "a withheld step counts as an update",
+        "commits.py",
+        "num_updates=self.num_updates + applied,",
+        "num_updates=self.num_updates + 1,",
+        "unit/test_commits.py::test_a_withheld_step_advances_and_counts_and_an_applied_one_ends_the_count",
+    ),
+    Mutant(
+        "a step that is replayed is not compared",
+        "metrics.py",
+        "if abs(now - was) > self._tolerance * (1 + abs(was)):",
+        "if False:",
+        "unit/test_metrics.py::test_what_differs_is_said_with_both_values",
+    ),
+    Mutant(
+        "a dead rank is not looked at",
+        "heartbeat.py",
+        'status[0] not in "ZX" and ',
+        "",
+        "unit/test_heartbeat.py::test_a_zombie_is_dead",
     ),
     # ------------------------------------------------------------ data
     Mutant(
@@ -534,38 +664,11 @@ MUTANTS = [
         "unit/test_local_engine.py::test_bf16_gradients_are_summed_in_fp32_over_micro_batches",
     ),
     Mutant(
-        "update with a gradient that is not finite",
-        "engine/local.py",
-        "applied = bool(torch.isfinite(norm))",
-        "applied = True",
-        "unit/test_local_engine.py::test_a_step_whose_gradient_is_not_finite_is_withheld",
-    ),
-    Mutant(
         "evaluation mode left on",
         "evaluate.py",
         "model.train(was_training)",
         "pass",
         "unit/test_local_engine.py::test_evaluating_puts_training_mode_back",
-    ),
-    Mutant(
-        "old checkpoints deleted before the new one is whole",
-        "checkpoint.py",
-        "        writing.mkdir(parents=True)\n",
-        "        writing.mkdir(parents=True)\n"
-        "        for old in committed(directory)[: 1 - keep or None]:\n"
-        "            shutil.rmtree(old)\n",
-        "unit/test_checkpoint.py::test_a_failed_write_leaves_the_only_one",
-    ),
-    Mutant(
-        "checkpoint committed before its manifest",
-        "checkpoint.py",
-        "        _seal(writing, state)\n"
-        "        writing.rename(final)\n"
-        '        _write_durably(final / "COMMITTED", f"{FORMAT_VERSION}\\n")\n',
-        "        writing.rename(final)\n"
-        '        _write_durably(final / "COMMITTED", f"{FORMAT_VERSION}\\n")\n'
-        "        _seal(final, state)\n",
-        "unit/test_checkpoint.py::test_a_crash_at_any_moment_leaves_whole_checkpoints",
     ),
     Mutant(
         "store committed before it is flushed",

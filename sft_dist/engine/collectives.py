@@ -1,4 +1,4 @@
-"""The process group, and the two things ranks tell each other besides gradients."""
+"""The process group, and what ranks tell each other besides gradients."""
 
 import datetime
 import os
@@ -163,11 +163,6 @@ def gather_texts(mine: str, *, world: World) -> list[str]:
     texts: list[str] = [""] * world.size
     dist.all_gather_object(texts, mine)
     return texts
-
-
-def barrier(device: torch.device) -> None:
-    """Return once every rank is here."""
-    sum_over_ranks(torch.zeros((), device=device)).item()
 
 
 def write_flight_record(file: Path) -> None:

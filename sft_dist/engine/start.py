@@ -8,7 +8,6 @@ import torch
 
 from sft_dist import package_files
 from sft_dist.config import Recipe
-from sft_dist.engine.collectives import join_process_group
 from sft_dist.engine.interface import Engine, MakeOptimizer
 from sft_dist.engine.local import LocalEngine
 from sft_dist.engine.zero import read_zero_knobs, start_zero
@@ -54,12 +53,11 @@ def start_engine(
     load_model: Callable[[], PackedModel],
     make_optimizer: MakeOptimizer,
 ) -> Engine:
-    """Join the process group, load the model and wrap it.
+    """Load the model and wrap it. The process group exists by now: ZeRO-3 shards what is read.
 
-    name: an engine other than `auto`. load_model is called after the group exists: ZeRO-3 shards what it reads.
+    name: an engine other than `auto`.
     """
     knobs = zero_knobs(recipe, name)
-    join_process_group(world, device, timeout_s=recipe.train.timeout_s, needed=bool(knobs))
     max_grad_norm = recipe.optim.max_grad_norm
     if knobs:
         return start_zero(

@@ -114,6 +114,12 @@ class ZeroEngine:
         self.deepspeed = engine
         self._stage = int(engine.zero_optimization_stage())
         self._names = {p: n for n, p in model.causal_lm.named_parameters() if p.requires_grad}
+        self._judge: Any = sys.modules[type(engine.optimizer).__module__]
+        if not hasattr(self._judge, "is_invalid_grad_norm"):
+            raise BackendError(
+                f"this DeepSpeed's {type(engine.optimizer).__name__} cannot be told to withhold an update; "
+                "install a version between 0.19 and 0.20"
+            )
 
     def __call__(self, micro: MicroBatch) -> Tensor:
         return self.deepspeed(micro)  # type: ignore[no-any-return]
@@ -129,21 +135,27 @@ class ZeroEngine:
     def step(self, *, lr: float, withhold: bool = False) -> StepResult:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        if withhold:
-            self._spoil_gradients()
-        self.deepspeed.step()
+        with self._withholding() if withhold else contextlib.nullcontext():
+            self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
+        if withhold and applied:
+            raise BackendError(f"{self.name}: DeepSpeed made an update that was to be withheld; the run cannot go on")
         if not applied:
             self._forget_gradients()
         return StepResult(math.nan if withhold else float(self.deepspeed.get_global_grad_norm()), applied)
 
-    def _spoil_gradients(self) -> None:
-        """Make DeepSpeed withhold the update: it does so by itself for a gradient that is not finite."""
-        from deepspeed.utils import safe_set_full_grad
+    @contextlib.contextmanager
+    def _withholding(self) -> Iterator[None]:
+        """Make DeepSpeed withhold the update and clean up, as it does by itself for a gradient that is not finite.
 
-        smallest = min(self._names, key=lambda parameter: getattr(parameter, "ds_numel", parameter.numel()))
-        shape = getattr(smallest, "ds_shape", smallest.shape)
-        safe_set_full_grad(smallest, torch.full(shape, torch.inf, device=self.device))
+        Not by spoiling a gradient: with offload the norm was taken before, and the spoilt update would be made.
+        """
+        judge = self._judge.is_invalid_grad_norm
+        self._judge.is_invalid_grad_norm = lambda _norm: True
+        try:
+            yield
+        finally:
+            self._judge.is_invalid_grad_norm = judge
 
     def _forget_gradients(self) -> None:
         """Drop a withheld step's sums: with offload DeepSpeed keeps them, and would withhold every later step too."""

@@ -1,6 +1,7 @@
 """A Hugging Face model as the loss function of a micro-batch."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -88,6 +90,19 @@ def read_config(section: ModelSection) -> PretrainedConfig:
                 "document of a pack; this model is not supported"
             )
     return config
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """16 hex digits over what the model computes: its config without names, versions and dtypes."""
+    ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation")
+    kept = {key: value for key, value in config.to_dict().items() if key not in ignored}
+    return xxhash.xxh3_64_hexdigest(json.dumps(kept, sort_keys=True, default=str).encode())
+
+
+def dropout_rates(config: PretrainedConfig) -> dict[str, float]:
+    """The config's dropout rates above zero."""
+    rates = {key: value for key, value in config.to_dict().items() if key.endswith(("dropout", "_pdrop"))}
+    return {key: value for key, value in rates.items() if value}
 
 
 def check_context(config: PretrainedConfig, *, longest_example: int) -> None:

@@ -323,11 +323,12 @@ def test_a_key_that_the_checkpoint_does_not_know_is_a_difference(tmp_path: Path)
 def test_a_change_that_is_allowed_keeps_the_draws_unless_they_changed(tmp_path: Path) -> None:
     found = dataclasses.replace(STATE, step=7, num_updates=6, withheld_in_a_row=1, recent_losses=(1.0,))
     rate = continued(found, dataclasses.replace(STATE, curve={"optim.lr": 2.0}), allow_change=True, path=tmp_path)
-    assert rate == dataclasses.replace(found, curve={"optim.lr": 2.0})
+    assert rate == dataclasses.replace(found, curve={"optim.lr": 2.0}, recent_losses=()), "no measure of other losses"
     now = dataclasses.replace(STATE, segments=(Segment(0, "g", "e"),))
     assert changes_since(found, now).new_draws
     drawn = continued(found, now, allow_change=True, path=tmp_path)
-    assert drawn == dataclasses.replace(found, segments=(Segment(0, "f", "d"), Segment(7, "g", "e")))
+    segments = (Segment(0, "f", "d"), Segment(7, "g", "e"))
+    assert drawn == dataclasses.replace(found, segments=segments, recent_losses=())
     assert continued(drawn, now, allow_change=False, path=tmp_path) == drawn, "the last segment is what counts"
 
 
@@ -335,7 +336,7 @@ def test_what_decides_the_draws_is_compared_key_by_key(tmp_path: Path) -> None:
     def state(train: dict[str, Any], draws: str, **data: Any) -> RunState:
         raw = {"model": {"path": "m"}, "batch": {"examples": 8}, "optim": {"lr": 1e-3}, "run": {"name": "r"}}
         recipe = parse_recipe(raw | {"data": {"train": {"path": "a.jsonl", **train}} | data}, origin="r")
-        curve = curve_of(recipe, dtype="float32")
+        curve = curve_of(recipe, dtype="float32", model="c")
         return first_state(curve=curve, segment=Segment(0, "f", draws), layout={}, code={})
 
     then = state({}, "0a")
@@ -356,8 +357,6 @@ def test_what_decides_the_draws_is_compared_key_by_key(tmp_path: Path) -> None:
     [
         ("run.seed", 1),
         ("loss", "token_mean"),
-        ("model.path", "other"),
-        ("model.revision", "abc"),
         ("batch.examples", 9),
         ("train.steps", 5),
         ("train.spike_guard", 3.0),
@@ -384,7 +383,7 @@ def test_every_setting_that_decides_the_curve_is_named_as_in_the_recipe(key: str
         for name, new in changed.items():
             *section, last = name.split(".")
             (raw[section[0]] if section else raw)[last] = new
-        return json.loads(json.dumps(curve_of(parse_recipe(raw, origin="r"), dtype="float32")))
+        return json.loads(json.dumps(curve_of(parse_recipe(raw, origin="r"), dtype="float32", model="c")))
 
     then, now = curve(), curve(**{key: value})
     assert [name for name in then if then[name] != now[name]] == [key]
@@ -400,6 +399,8 @@ def test_every_setting_that_decides_the_curve_is_named_as_in_the_recipe(key: str
         ("train", "timeout_s", 5.0),
         ("batch", "pack_tokens", 5000),
         ("model", "checkpointing", "full"),
+        ("model", "path", "elsewhere"),
+        ("train", "epochs", 1),
     ],
 )
 def test_what_does_not_decide_the_curve_may_change(section: str, key: str, value: object) -> None:
@@ -411,5 +412,5 @@ def test_what_does_not_decide_the_curve_may_change(section: str, key: str, value
         "optim": {"lr": 1e-3},
     }
     changed = raw | {section: {**raw.get(section, {}), key: value}}
-    then, now = (curve_of(parse_recipe(r, origin="r"), dtype="float32") for r in (raw, changed))
+    then, now = (curve_of(parse_recipe(r, origin="r"), dtype="float32", model="c") for r in (raw, changed))
     assert then == now

@@ -296,13 +296,13 @@ def test_a_rank_follows_its_launcher_and_a_plain_run_outlives_its_shell(tmp_path
 # A rank that joins and prints where its process listens.
 JOINS = """
 import os, torch
-from sft_dist.engine.collectives import barrier, join_process_group, leave_process_group
+from sft_dist.engine.collectives import any_rank, join_process_group, leave_process_group
 from sft_dist.world import read_world
 from tests.launch.launched import listening
 cpu = torch.device("cpu")
 join_process_group(read_world(), cpu, timeout_s=60, needed=True)
 print(os.environ["GLOO_SOCKET_IFNAME"], *sorted(listening({os.getpid()})))
-barrier(cpu)
+any_rank(False, cpu)
 leave_process_group()
 """
 

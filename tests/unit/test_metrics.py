@@ -1,7 +1,9 @@
 """What is written of each step is read back, and a step that is trained again is compared with what was written."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,57 @@ def test_what_was_trained_under_other_settings_is_no_measure(path: Path) -> None
     assert replay.difference(step(1, 2.0)) is None
     assert replay.difference(step(2, 5.0)) is None
     assert replay.difference(step(3, 9.0)) is None, "it was not trained since the change"
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_when_it_does(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk takes half a line, then nothing, then all again: no line is torn, and it is said once."""
+    tracker = JsonlTracker(path)
+    tracker.log(step(1))
+    whole = path.stat().st_size
+    disk = LittleDisk(path, whole + 100)
+    monkeypatch.setattr(tracker, "_file", disk)
+    for number in (2, 3, 4):
+        tracker.log(step(number))
+        assert path.stat().st_size == whole, "half a line would spoil the next"
+    disk.room = 10**6
+    tracker.log(step(5))
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4, 5]
+    tracker.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: No space left on device; lines are kept until it can be written again"
+    ]
+
+
+def test_lines_that_are_lost_in_the_end_are_counted(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = JsonlTracker(path)
+    monkeypatch.setattr(tracker, "_file", LittleDisk(path, 0))
+    tracker.log(step(1))
+    tracker.log(step(2))
+    tracker.close(failed=True)
+    assert caplog.records[-1].getMessage() == f"{path}: No space left on device; its last 2 lines are lost"
+    assert path.read_bytes() == b""
+
+
+class LittleDisk:
+    """A file on a disk that has `room` bytes in all."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self._file, self.room = path.open("ab", buffering=0), room
+        self.fileno, self.close = self._file.fileno, self._file.close
+
+    def write(self, data: memoryview) -> int:
+        free = self.room - os.fstat(self.fileno()).st_size
+        if free <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._file.write(data[:free])
+
+
+def test_a_damaged_line_is_told_and_left_out(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a power cut leaves it: zeros where a line was. It must not end every resume."""
+    path.write_bytes(b'{"event": "step", "step": 1}\n' + b"\0" * 40 + b'\n{"event": "step", "step": 3}\n')
+    assert sorted(read_steps(path)) == [1, 3]
+    assert "1 lines cannot be read, the first is line 2" in caplog.text

@@ -119,8 +119,8 @@ def test_what_is_no_run_is_refused(run_dir: Path) -> None:
         sync_run(run_dir, project="p")
 
 
-@pytest.mark.parametrize(("text", "reason"), [("", "no records"), ('{"step": 1}\nnonsense\n', "a line is no JSON")])
-def test_metrics_that_cannot_be_read_are_refused(run_dir: Path, text: str, reason: str) -> None:
+@pytest.mark.parametrize("text", ["", "nonsense\n"])
+def test_metrics_without_a_record_are_refused(run_dir: Path, text: str) -> None:
     (run_dir / "metrics.jsonl").write_text(text)
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(ConfigError, match="no records"):
         sync_run(run_dir)

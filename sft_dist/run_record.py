@@ -1,0 +1,70 @@
+"""run.json: every start of a run, where it went on from, and what had changed."""
+
+import json
+import socket
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sft_dist.commits import RunState, replace_durably
+from sft_dist.redact import redacted
+from sft_dist.run_files import CONFIG, INTERRUPTED, RUN_JSON, STOP_FILE
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """What each start noted, oldest first; none for a fresh run."""
+    path = run_dir / RUN_JSON
+    starts: list[dict[str, Any]] = []
+    if path.exists():
+        starts = json.loads(path.read_text(encoding="utf-8")).get("starts", [])
+    return starts
+
+
+def record_start(
+    run_dir: Path, state: RunState, *, came_from: Path | None, asked: str | None, changed: list[str], config: str
+) -> tuple[int, bool]:
+    """Add a start, beside the resolved recipe `config`. Returns its attempt, from 1, and whether a new curve begins.
+
+    came_from: the checkpoint. asked: what --resume-from said. A new curve begins where the settings that decide it are
+    not those of the start before.
+    """
+    starts, curve = read_starts(run_dir), curve_digest(state)
+    start = {
+        "attempt": len(starts) + 1,
+        "time": _now(),
+        "host": socket.gethostname(),
+        "after_step": state.step,
+        "from": str(came_from.absolute()) if came_from else None,
+        "asked": asked,
+        "curve": curve,
+        "changed": changed,
+        "layout": state.layout,
+        "code": state.code,
+    }
+    segments = [asdict(segment) for segment in state.segments]
+    text = json.dumps({"attempts": len(starts) + 1, "segments": segments, "starts": [*starts, start]}, indent=2)
+    replace_durably(run_dir / RUN_JSON, redacted(text) + "\n")
+    replace_durably(run_dir / CONFIG, redacted(config))
+    (run_dir / INTERRUPTED).unlink(missing_ok=True)
+    return len(starts) + 1, bool(starts) and starts[-1].get("curve") != curve
+
+
+def record_end(run_dir: Path, *, interrupted_after: int | None, reason: str) -> None:
+    """Take the request to stop away, and say on disk that it was obeyed, if it was: after which step, and why."""
+    if interrupted_after is not None:
+        note = {"step": interrupted_after, "reason": reason, "time": _now()}
+        replace_durably(run_dir / INTERRUPTED, json.dumps(note) + "\n")
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+
+
+def curve_digest(state: RunState) -> str:
+    """16 hex digits over what decides the curve."""
+    decides = json.dumps([state.curve, [asdict(segment) for segment in state.segments]], sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(decides.encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
