@@ -86,6 +86,14 @@ def test_every_nth_and_the_best_are_kept_besides_the_newest(tmp_path: Path) -> N
     assert steps_in(tmp_path) == [2, 5, 7], "of two equal ones the earlier; without a held-out loss none is best"
 
 
+def test_the_best_is_finite_and_of_the_curve_that_is_trained(tmp_path: Path) -> None:
+    """Losses of other settings say nothing of these, and a NaN is not less than anything."""
+    save(tmp_path, 1, keep=1, best=1, held_out_loss=0.1, curve={"optim.lr": 9.0})
+    for step, loss in ((2, float("nan")), (3, 0.5), (4, 0.7), (5, 0.9)):
+        save(tmp_path, step, keep=1, best=1, held_out_loss=loss)
+    assert steps_in(tmp_path) == [3, 5]
+
+
 def test_a_step_that_is_saved_again_replaces_the_first(tmp_path: Path) -> None:
     save(tmp_path, 1, loss=1.0)
     path = save(tmp_path, 1, loss=2.0)
@@ -307,6 +315,10 @@ def test_what_others_own_or_may_write_is_not_trusted(tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match=f"{path}: everybody may write it"):
         commits.require_trusted(path)
     path.chmod(0o755)
+    (path / "link.safetensors").symlink_to("/nowhere")
+    with pytest.raises(CheckpointError, match=r"link\.safetensors: is a link"):
+        commits.require_trusted(path)
+    (path / "link.safetensors").unlink()
     if os.getuid() == 0:
         os.chown(path / FILES[0], 4242, -1)
     else:
