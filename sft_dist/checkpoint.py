@@ -8,6 +8,7 @@ step makes anyway counts who is done. When all are, rank 0 commits; when one cou
     step 102                             forward ... reduce: 2 of 2 done -> rank 0 commits
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -184,11 +185,14 @@ class Saver:
         """Wait for the checkpoint that is being written, and commit it."""
         if self._pending is None:
             return None
-        waiting = time.perf_counter()
+        waiting, written = time.perf_counter(), _blocks(self._pending.writing)
         while not self._pending.is_done:
             assert self._pending.thread is not None
             self._pending.thread.join(WAIT_S)
-            self._on_progress()
+            # A slow disk may take its time, one that does not answer is a hang.
+            if (now := _blocks(self._pending.writing)) != written:
+                written = now
+                self._on_progress()
         sums = sum_over_ranks(torch.tensor(self.flags(), device=self._engine.device)).tolist()
         self._pending.stall_s += time.perf_counter() - waiting
         return self.settle(*sums)
@@ -416,6 +420,15 @@ def _raise_together(failure: str, engine: Engine, path: Path) -> None:
 def _part(directory: Path, rank: int, kind: str) -> Path:
     """A rank's file: its fragments (safetensors), or, while the checkpoint is written, what it wrote (json)."""
     return directory / f"rank-{rank:05d}.{kind}"
+
+
+def _blocks(directory: Path) -> int:
+    """Disk blocks that the files of a directory take: they grow while something is written."""
+    total = 0
+    for file in directory.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # safetensors writes under another name, and renames
+            total += file.stat().st_blocks
+    return total
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -23,6 +23,7 @@ from sft_dist.engine.interface import StepResult
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class StepMetrics:
     """One optimizer step over all ranks."""

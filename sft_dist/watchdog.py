@@ -39,6 +39,9 @@ SHARE_BEATS = 3
 C_TIMER_S = 10.0
 """So much later than the thread, a timer outside of Python ends a rank that never lets the thread run."""
 
+WAITING_CODE = ("/torch/distributed/", "/torch/autograd/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
+"""Where a main thread waits for other ranks. ZeRO-3 waits for a layer's weights by a handle, with no frame of torch."""
+
 PACKAGE = Path(__file__).parent
 GOES_ON = "the last committed checkpoint is whole, and the same command goes on from it"
 
@@ -503,7 +506,7 @@ def _stands(frame: FrameType | None) -> tuple[str, bool]:
             waits = waits or (frame is innermost and path == PACKAGE / "engine" / "collectives.py")
             return _place(path, frame.f_lineno, frame), waits
         inside = path.as_posix()
-        waits = waits or any(part in inside for part in ("/torch/distributed/", "/torch/autograd/", "/deepspeed/comm/"))
+        waits = waits or any(part in inside for part in WAITING_CODE)
         frame = frame.f_back
     return (
         (_place(Path(innermost.f_code.co_filename), innermost.f_lineno, innermost), waits) if innermost else ("", False)

@@ -370,14 +370,16 @@ MUTANTS = [
         "commits.py",
         '                path = path.rename(path.with_name(f".old-{path.name}"))\n',
         "                pass\n",
-        "unit/test_commits.py::test_a_crash_at_any_moment_leaves_whole_checkpoints "
         "unit/test_commits.py::test_what_cannot_be_deleted_is_told_and_tried_again_and_stops_no_save",
     ),
     Mutant(
         "checkpoint committed before its manifest",
         "commits.py",
-        "    write_durably(writing / MANIFEST, text)\n    sync(writing)\n",
-        "    write_durably(writing / COMMITTED, xxhash.xxh3_128_hexdigest(text.encode()))\n",
+        "    write_durably(writing / MANIFEST, text)\n",
+        "    writing.rename(writing.with_name(writing.name[1:]))\n"
+        "    writing = writing.with_name(writing.name[1:])\n"
+        "    write_durably(writing / COMMITTED, xxhash.xxh3_128_hexdigest(text.encode()))\n"
+        "    write_durably(writing / MANIFEST, text)\n",
         "unit/test_commits.py::test_a_crash_at_any_moment_leaves_whole_checkpoints",
     ),
     Mutant(

@@ -94,6 +94,6 @@ def test_an_exception_in_one_rank_ends_all_with_its_words(engine: str) -> None:
         assert "Traceback" in ended.said[1]
         assert "IndexError: index out of range in self" in run.log(1)
         equal = run.finish(reference)
-        assert run.resumed_from() == 21
+        assert run.resumed_from() in (18, 21), "21 if what was written behind the training was committed by then"
         left = f"rank 0 left within {math.ceil(ended.lag_s)} s, naming it and its error"
         outcome.text = f"rank 1 shows its traceback; {left}; {equal}"

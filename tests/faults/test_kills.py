@@ -130,7 +130,7 @@ def test_the_others_of_a_killed_rank_leave_and_name_it(engine: str, rank: int) -
         assert f"rank {rank} on {socket.gethostname()}" in said
         assert "died after step" in said
         equal = run.finish(reference)
-        assert run.resumed_from() == 39
+        assert run.resumed_from() in (36, 39), "39 if what was written behind the training was committed by then"
         outcome.text = f"the other left within {math.ceil(ended.lag_s)} s naming rank, host and step; {equal}"
 
 
