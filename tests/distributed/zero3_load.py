@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sft_dist.config import Recipe, load_recipe
-from sft_dist.engine.collectives import choose_device, leave_process_group
+from sft_dist.engine.collectives import choose_device, join_process_group, leave_process_group
 from sft_dist.engine.start import start_engine
 from sft_dist.engine.zero import _import_deepspeed
 from sft_dist.model.attention import choose_backend
@@ -64,6 +64,7 @@ def peak_bytes(recipe: Recipe, world: World) -> int:
         raise LoadedEnough
 
     with contextlib.suppress(LoadedEnough):
+        join_process_group(world, device, timeout_s=120, needed=True)
         start_engine(
             recipe,
             name=recipe.train.engine,
