@@ -310,7 +310,7 @@ MUTANTS = [
         "ranks that share the reading leave files out",
         "commits.py",
         "files[part::num_parts]",
-        "files[part : part + 1]",
+        "files[part :: num_parts + 1]",
         "unit/test_commits.py::test_ranks_that_share_the_reading_leave_no_file_out",
     ),
     Mutant(

