@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from sft_dist import package_files
+
 USER, ASSISTANT, STOP = "<|u|>", "<|a|>", "<|e|>"
 WORDS = list(string.ascii_lowercase)
 # Markers cost one token each, so that a short example is short: "<|u|>x<|a|>y<|e|>" is 5 tokens.
@@ -90,6 +92,17 @@ def write_chats(path: Path, *, num_examples: int, seed: int, longest: int = 1000
     rows = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in turns]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return pairs
+
+
+def write_zero_file(directory: Path, engine: str) -> Path:
+    """The shipped file, with buffers for a tiny model and, under ZeRO-3, nothing too small to be sharded."""
+    knobs = json.loads(package_files.find(f"deepspeed/{engine}.json").read_text())
+    knobs["zero_optimization"]["reduce_bucket_size"] = 10**6
+    if engine.startswith("zero3"):
+        knobs["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = directory / f"{engine}.json"
+    path.write_text(json.dumps(knobs))
+    return path
 
 
 def free_port() -> int:

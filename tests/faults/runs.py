@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from sft_dist import commits, package_files
+from sft_dist import commits
 from sft_dist.metrics import read_lines
 from sft_dist.run_files import CHECKPOINTS, HEARTBEATS, LOGS, METRICS, MODEL, RUN_JSON
 from tests import tiny
@@ -35,11 +35,6 @@ LAG_S = 60.0
 """How long ranks may outlive another before a test gives up."""
 
 Plan = Mapping[str, Any]
-
-
-def engines(*quick: str) -> tuple[str, ...]:
-    """Engines that a fault is tried on: `quick`, or with FAULTS=full all that matter."""
-    return ("ddp", "zero2", "zero3") if os.environ.get("FAULTS") == "full" else quick
 
 
 @dataclass(frozen=True)
@@ -221,7 +216,7 @@ class Lab:
         """A run that has not begun. train: settings beside the usual ones."""
         settings = {"steps": steps, "save_every": SAVE_EVERY, "keep_checkpoints": KEEP, "timeout_s": PATIENCE_S}
         if engine.startswith("zero"):
-            settings["deepspeed"] = str(self._zero_file(engine))
+            settings["deepspeed"] = str(tiny.write_zero_file(self.directory, engine))
         recipe = {
             "run": {"name": f"{name}-{engine}", "dir": str(self.directory)},
             "model": {"path": str(self.model)},
@@ -252,16 +247,6 @@ class Lab:
             assert sum(line["tokens"] > 2 * PACK_TOKENS for line in lines) >= 0.95 * steps
             self._undisturbed[engine, steps] = run
         return self._undisturbed[engine, steps]
-
-    def _zero_file(self, engine: str) -> Path:
-        """The shipped file, with buffers for a tiny model and, under ZeRO-3, nothing too small to be sharded."""
-        knobs = json.loads(package_files.find(f"deepspeed/{engine}.json").read_text())
-        knobs["zero_optimization"]["reduce_bucket_size"] = 10**6
-        if engine == "zero3":
-            knobs["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        path = self.directory / f"{engine}.json"
-        path.write_text(json.dumps(knobs))
-        return path
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import safetensors.torch
 import xxhash
 import yaml
 
-from sft_dist import commits, package_files
+from sft_dist import commits
 from sft_dist.metrics import read_lines, read_steps
 from sft_dist.run_files import CHECKPOINTS, METRICS, MODEL, RUN_JSON
 from tests import tiny
@@ -251,7 +251,7 @@ class Stage:
         """A run that has not begun. at: its run.dir. train: settings beside the usual ones; None removes one."""
         settings = {"steps": STEPS, "save_every": SAVE_EVERY, "keep_checkpoints": STEPS, "timeout_s": 60.0}
         if engine.startswith("zero"):
-            settings["deepspeed"] = str(self._zero_file(engine))
+            settings["deepspeed"] = str(tiny.write_zero_file(self.directory, engine))
         settings |= {"engine": engine} | train
         name = name or f"scene-{next(self._numbers)}"
         directory = at or self.directory / "runs"
@@ -296,16 +296,6 @@ class Stage:
         shutil.copy(whole.path / RUN_JSON, run.path / RUN_JSON)
         return run
 
-    def _zero_file(self, engine: str) -> Path:
-        """The shipped file, with buffers for a tiny model and, under ZeRO-3, nothing too small to be sharded."""
-        knobs = json.loads(package_files.find(f"deepspeed/{engine}.json").read_text())
-        knobs["zero_optimization"]["reduce_bucket_size"] = 10**6
-        if engine.startswith("zero3"):
-            knobs["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        path = self.directory / f"{engine}.json"
-        path.write_text(json.dumps(knobs))
-        return path
-
 
 @functools.cache
 def shared_stage() -> Stage:
@@ -315,11 +305,6 @@ def shared_stage() -> Stage:
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     atexit.register(stage.end)
     return stage
-
-
-def engines(*quick: str) -> tuple[str, ...]:
-    """Engines that a fault is tried on: `quick`, or with FAULTS=full all that matter."""
-    return ("ddp", "zero2", "zero3") if os.environ.get("FAULTS") == "full" else quick
 
 
 def reseal(path: Path, *files: str) -> None:

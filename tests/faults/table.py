@@ -11,6 +11,11 @@ TABLE_FILE = "SFT_DIST_FAULT_TABLE"
 """Names the file that lines are gathered in; without it nothing is gathered."""
 
 
+def engines(*quick: str) -> tuple[str, ...]:
+    """Engines that a fault is tried on: `quick`, or with FAULTS=full all that matter."""
+    return ("ddp", "zero2", "zero3") if os.environ.get("FAULTS") == "full" else quick
+
+
 class Outcome:
     """What a test says of its fault: set `text` before the block ends."""
 

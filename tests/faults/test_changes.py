@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sft_dist.metrics import read_lines
-from tests.faults.scenes import STEPS, Run, engines, reseal, shared_stage
-from tests.faults.table import fault
+from tests.faults.scenes import STEPS, Run, reseal, shared_stage
+from tests.faults.table import engines, fault
 
 CHANGES = {
     "optim.lr=2e-3": "optim.lr: 0.001 then, 0.002 now",

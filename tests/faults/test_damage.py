@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 
 from sft_dist.run_files import CHECKPOINTS
-from tests.faults.scenes import EPOCH, STEPS, engines, reseal, shared_stage
-from tests.faults.table import fault
+from tests.faults.scenes import EPOCH, STEPS, reseal, shared_stage
+from tests.faults.table import engines, fault
 
 RANK_FILE, STATE, MANIFEST, MARK = "rank-00001.safetensors", "run_state.json", "manifest.json", "COMMITTED"
 

@@ -14,8 +14,8 @@ import pytest
 
 from sft_dist.run_files import CHECKPOINTS, METRICS, MODEL
 from tests.faults.scene_worker import fill
-from tests.faults.scenes import STEPS, Run, engines, shared_stage
-from tests.faults.table import fault
+from tests.faults.scenes import STEPS, Run, shared_stage
+from tests.faults.table import engines, fault
 
 SIZE_MB = 12
 """Five checkpoints, logs and a model."""

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from sft_dist.errors import RankLostError
-from tests.faults.runs import Plan, engines, shared_lab
-from tests.faults.table import fault
+from tests.faults.runs import Plan, shared_lab
+from tests.faults.table import engines, fault
 
 TIMEOUT_S = 8.0
 SPARE_S = 20.0

@@ -14,8 +14,8 @@ import pytest
 
 from sft_dist.errors import RankLostError
 from tests.faults.rank import COMMITTED_POINTS, POINTS
-from tests.faults.runs import SAVE_EVERY, Plan, Run, engines, shared_lab
-from tests.faults.table import fault
+from tests.faults.runs import SAVE_EVERY, Plan, Run, shared_lab
+from tests.faults.table import engines, fault
 from tests.launch.launched import launched
 
 SOON_S = 15.0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.scenes import SAVE_EVERY, STEPS, Played, Run, engines, shared_stage
-from tests.faults.table import fault
+from tests.faults.scenes import SAVE_EVERY, STEPS, Played, Run, shared_stage
+from tests.faults.table import engines, fault
 
 ALL = ("zero2_offload", "zero3_offload", "zero1") if os.environ.get("FAULTS") == "full" else ()
 LAST = 1

@@ -10,8 +10,8 @@ import pytest
 
 from sft_dist import heartbeat
 from sft_dist.run_files import INTERRUPTED, STOP_FILE
-from tests.faults.runs import STEPS, Plan, Ranks, Run, engines, shared_lab
-from tests.faults.table import fault
+from tests.faults.runs import STEPS, Plan, Ranks, Run, shared_lab
+from tests.faults.table import engines, fault
 
 SLOW_STEPS: Plan = {"slow_step_s": 0.05}
 SLOW_SAVES: Plan = {"slow_step_s": 0.02, "slow_write_s": 1.0}

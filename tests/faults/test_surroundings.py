@@ -11,8 +11,8 @@ import pytest
 
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.launch import descendants
-from tests.faults.runs import PATIENCE_S, Plan, Ranks, engines, shared_lab
-from tests.faults.table import fault
+from tests.faults.runs import PATIENCE_S, Plan, Ranks, shared_lab
+from tests.faults.table import engines, fault
 
 SLOW: Plan = {"slow_step_s": 0.05}
 

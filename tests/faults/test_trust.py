@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sft_dist.run_files import CHECKPOINTS, CONFIG, HEARTBEATS, LOGS, RUN_JSON
-from tests.faults.scenes import Played, Run, engines, reseal, shared_stage
-from tests.faults.table import fault
+from tests.faults.scenes import Played, Run, reseal, shared_stage
+from tests.faults.table import engines, fault
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
 

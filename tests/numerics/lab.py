@@ -17,7 +17,6 @@ from tests import tiny
 from tests.numerics import reference
 
 WORKER = str(Path(__file__).with_name("worker.py"))
-CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS, EXAMPLES, SEED = 20, 32, 3
 LR, WARMUP, DECAY, MAX_NORM = 1e-3, 4, 0.1, 1.0
 ONE_PACK, MANY_PACKS = 10**6, 1024
@@ -125,7 +124,7 @@ class Lab:
         train = {"steps": STEPS, "engine": case.engine, "eval_every": case.eval_every, "timeout_s": 120}
         train |= {"save_every": case.save_every, "keep_checkpoints": STEPS}
         if case.engine.startswith("zero"):
-            train["deepspeed"] = str(self.zero_file(case.engine))
+            train["deepspeed"] = str(tiny.write_zero_file(self.directory, case.engine))
         return {
             "run": {"name": case.run_name, "dir": str(self.directory / "runs"), "seed": SEED},
             "model": {"path": str(self.model_dir), "checkpointing": case.checkpointing, "dtype": case.dtype},
@@ -135,16 +134,6 @@ class Lab:
             "optim": {"lr": LR, "warmup_steps": WARMUP, "weight_decay": DECAY, "max_grad_norm": MAX_NORM},
             "train": train,
         }
-
-    def zero_file(self, engine: str) -> Path:
-        """The shipped file, with buffers for a tiny model and, under ZeRO-3, nothing too small to be sharded."""
-        knobs = json.loads((CONFIGS / f"deepspeed/{engine}.json").read_text())
-        knobs["zero_optimization"]["reduce_bucket_size"] = 10**6
-        if engine.startswith("zero3"):
-            knobs["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        path = self.directory / f"{engine}.json"
-        path.write_text(json.dumps(knobs))
-        return path
 
     def steps(self, rows: int) -> list[list[tuple[str, str]]]:
         """The (prompt, answer) pairs of every step. Only the example ids come from the product."""
