@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from sft_dist import commits
 from sft_dist.commits import RunState, Segment
 from sft_dist.config import Recipe, TrainSection
+from sft_dist.durable import write_durably
 from sft_dist.engine.collectives import any_rank, gather_texts, on_main, sum_over_ranks
 from sft_dist.engine.fragments import Fragment, Snapshot, read_fragments, require_shapes, share_of, write_fragments
 from sft_dist.engine.interface import Engine
@@ -208,7 +209,7 @@ class Saver:
                 files[1].write_text(json.dumps(self._shapes), encoding="utf-8")
                 files[2].write_text(pending.state.to_json(), encoding="utf-8")
             manifest = json.dumps(commits.flush(files, umask=self._umask))
-            commits.write_durably(_part(pending.writing, rank, "json"), manifest)
+            write_durably(_part(pending.writing, rank, "json"), manifest)
             pending.failure = None
         # safetensors and torch have their own words for a full disk
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import xxhash
 
-from sft_dist.durable import sync
+from sft_dist.durable import sync, write_durably
 from sft_dist.errors import CheckpointError
 
 FORMAT_VERSION = 2
@@ -286,25 +286,6 @@ def list_checkpoints(directory: Path) -> Iterator[Listed]:
         yield Listed(path, None, _size(path), None, "set aside; not used")
     for path in sorted(directory.glob(".step-*")):
         yield Listed(path, None, _size(path), None, "not committed: being written, or left by a crash")
-
-
-def write_durably(file: Path, text: str) -> None:
-    """Write a text file and flush it to the disk. Raises OSError naming the file."""
-    try:
-        with file.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-    except OSError as error:  # a write that fails does not know its file
-        raise OSError(error.errno, error.strerror, str(file)) from None
-
-
-def replace_durably(file: Path, text: str) -> None:
-    """Replace a text file; whatever happens there is the old one or the new one."""
-    writing = file.with_name(f".{file.name}.tmp")
-    write_durably(writing, text)
-    writing.replace(file)
-    sync(file.parent)
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import xxhash
 
-from sft_dist.commits import RunState, replace_durably
+from sft_dist.commits import RunState
+from sft_dist.durable import replace_durably
 from sft_dist.redact import redacted
 from sft_dist.run_files import CONFIG, INTERRUPTED, RUN_JSON, STOP_FILE
 

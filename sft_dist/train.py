@@ -1,14 +1,12 @@
-"""The one place where all parts meet: `run` builds them, `train_loop` is the training."""
+"""The one place where all parts meet: `run` builds them, the loop trains, and what came of it is exported."""
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,46 +15,41 @@ from rich.console import Console
 
 from sft_dist import checkpoint, commits
 from sft_dist.banner import show_banner
-from sft_dist.checkpoint import Commit, Continuation, Saver
+from sft_dist.checkpoint import Continuation, Saver
 from sft_dist.commits import RunState
 from sft_dist.config import Recipe
-from sft_dist.data.batch import StepBatch, load_steps
+from sft_dist.data.batch import load_steps
 from sft_dist.data.schedule import CostModel, global_batches
-from sft_dist.data.store import TokenStore
 from sft_dist.engine.collectives import (
-    gather_texts,
     join_process_group,
     on_main,
     require_agreement,
-    sum_over_ranks,
     write_flight_record,
 )
 from sft_dist.engine.interface import Engine
 from sft_dist.engine.start import start_engine
-from sft_dist.errors import CheckpointError, ConfigError, NotFiniteError, SftDistError
+from sft_dist.errors import CheckpointError, ConfigError, SftDistError
 from sft_dist.evaluate import HeldOutSet, evaluating
-from sft_dist.guard import reason_to_withhold
 from sft_dist.job import Job, ResumeOptions, plan_job
+from sft_dist.loop import measure_held_out, train_loop
 from sft_dist.metrics import (
     ChangeMetrics,
-    CommitMetrics,
-    HeldOutMetrics,
     Replay,
     last_commit,
     read_steps,
-    step_metrics,
 )
 from sft_dist.model.load import align_generation, export_model
 from sft_dist.model.verify import require_own_loss
 from sft_dist.oom import explained_out_of_memory
-from sft_dist.optim import build_adamw, lr_at
+from sft_dist.optim import build_adamw
+from sft_dist.profiling import profiled_steps
 from sft_dist.quiet import quiet_libraries
 from sft_dist.rank_log import flight_recorder_env, per_rank_log
-from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL, STOP_FILE
+from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL
 from sft_dist.run_record import record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
-from sft_dist.world import StopRequest, World
+from sft_dist.world import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +61,6 @@ REPLAY_TOLERANCE = {
 }
 """What a step's loss may differ by, relatively, when it is trained again: on as many processes it is bit for bit the
 same on a CPU, on others it is rounded differently."""
-NUM_NAMED = 20
-"""Examples that are named when the training stops because of them."""
 
 
 @dataclass(frozen=True)
@@ -81,76 +72,6 @@ class RunResult:
     model_dir: Path | None
     num_withheld: int
     """Steps that updated nothing, over all attempts."""
-
-
-def train_loop(
-    engine: Engine,
-    steps: Iterable[StepBatch],
-    state: RunState,
-    *,
-    recipe: Recipe,
-    num_steps: int,
-    store: TokenStore,
-    held_out: HeldOutSet | None,
-    saver: Saver,
-    trackers: Trackers,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    attempt: int,
-    profiler: "torch.profiler.profile | None" = None,
-) -> RunState:
-    """Train until the last step or a stop request; the state it returns is committed."""
-    started = time.perf_counter()
-    for batch in steps:
-        shares = []
-        for index, micro in enumerate(batch.micros):
-            watchdog.progress(step=batch.step, phase=f"micro-batch {index + 1} of {len(batch.micros)}")
-            seed_forward(recipe.run.seed, batch.step, engine.world.rank, index)
-            with engine.accumulate(is_last=micro.is_last):
-                share = engine(micro)  # this rank's share of the global loss: weights are final
-                engine.backward(share)
-            shares.append(share.detach().double())
-        asked = stop_requested(stop, recipe, engine.world)
-        told = torch.tensor([asked, *saver.flags()], dtype=torch.float64, device=engine.device)
-        # The one reduction of a step besides the gradients': its loss, who was asked to stop, who has saved.
-        loss, num_asked, *saved = sum_over_ranks(torch.cat([torch.stack(shares).sum()[None], told])).tolist()
-        withheld = reason_to_withhold(loss, state.recent_losses, spike_guard=recipe.train.spike_guard)
-        lr = lr_at(batch.step, optim=recipe.optim, num_steps=num_steps)
-        result = engine.step(lr=lr, withhold=withheld is not None)
-        if not result.applied:
-            withheld = withheld or "gradient not finite"
-        state = state.after(loss, applied=result.applied)
-        metrics = step_metrics(
-            batch,
-            result,
-            loss=loss,
-            withheld=withheld,
-            lr=lr,
-            seconds=time.perf_counter() - started,
-            device=engine.device,
-            attempt=attempt,
-        )
-        trackers.log(metrics)
-        log_commit(saver.settle(*saved), trackers, attempt=attempt)
-        if profiler is not None:
-            profiler.step()
-        if state.withheld_in_a_row >= recipe.train.max_withheld:
-            log_commit(saver.finish(), trackers, attempt=attempt)
-            raise not_finite(engine, batch, shares, store=store, reason=withheld or "", state=state)
-        is_end = batch.step == num_steps
-        if held_out is not None and (is_end or is_due(recipe.train.eval_every, batch.step)):
-            held_out_loss = measure_held_out(
-                engine, held_out, step=batch.step, trackers=trackers, watchdog=watchdog, attempt=attempt
-            )
-            state = replace(state, held_out_loss=held_out_loss)
-        if is_end or num_asked or is_due(recipe.train.save_every, batch.step):
-            watchdog.progress(step=batch.step, phase="saving")
-            log_commit(saver.start(state), trackers, attempt=attempt)
-        if num_asked:
-            break
-        started = time.perf_counter()
-    log_commit(saver.finish(), trackers, attempt=attempt)
-    return state
 
 
 def run(recipe: Recipe, *, console: Console, resume: ResumeOptions | None = None, profile: bool = False) -> RunResult:
@@ -276,75 +197,6 @@ def _only_run_in(directory: Path, job: Job) -> Iterator[None]:
         lock.release()
 
 
-def seed_forward(seed: int, step: int, rank: int, micro_index: int) -> None:
-    """Make randomness a function of (seed, step, rank, micro-batch), so that a resume needs no RNG state."""
-    mixed = seed
-    for part in (step, rank, micro_index):
-        mixed = (mixed * 0x9E3779B97F4A7C15 + part + 1) % 2**63
-    torch.manual_seed(mixed)
-
-
-def is_due(every: int | None, step: int) -> bool:
-    """True at every `every`-th step; never for None."""
-    return every is not None and step % every == 0
-
-
-def stop_requested(stop: StopRequest, recipe: Recipe, world: World) -> bool:
-    """A signal on this rank, or the stop file seen by rank 0."""
-    return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).exists())
-
-
-def measure_held_out(
-    engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, watchdog: Watchdog, attempt: int
-) -> float:
-    """Log and return the held-out loss after `step`."""
-    started = time.perf_counter()
-    on_progress = functools.partial(watchdog.progress, step=step, phase="held-out loss")
-    loss = held_out.loss_of(engine, on_progress=on_progress)
-    metrics = HeldOutMetrics(
-        step=step,
-        held_out_loss=loss,
-        examples=len(held_out.example_ids),
-        response_tokens=int(held_out.num_responses.sum()),
-        seconds=time.perf_counter() - started,
-        attempt=attempt,
-    )
-    trackers.log(metrics)
-    return loss
-
-
-def log_commit(commit: Commit | None, trackers: Trackers, *, attempt: int) -> None:
-    """Log a checkpoint, if one was committed."""
-    if commit is not None:
-        trackers.log(CommitMetrics(**vars(commit), attempt=attempt))
-
-
-def not_finite(
-    engine: Engine,
-    batch: StepBatch,
-    shares: Sequence[torch.Tensor],
-    *,
-    store: TokenStore,
-    reason: str,
-    state: RunState,
-) -> NotFiniteError:
-    """The error that ends a run whose updates are withheld again and again. Collective: ranks tell what they trained.
-
-    It names the packs whose loss is not finite, or the whole step where all of them are.
-    """
-    guilty = [pack for pack, share in zip(batch.packs, shares, strict=True) if not share.isfinite()]
-    mine = json.dumps([int(example) for pack in guilty for example in pack])
-    ids = [example for text in gather_texts(mine, world=engine.world) for example in json.loads(text)]
-    ids = ids or batch.example_ids.tolist()
-    named = ", ".join(str(store.origin(example)) for example in ids[:NUM_NAMED])
-    more = f" and {len(ids) - NUM_NAMED} more" * (len(ids) > NUM_NAMED)
-    return NotFiniteError(
-        f"{state.withheld_in_a_row} updates in a row were withheld, the last at step {batch.step}: {reason}. "
-        f"Its examples: {named}{more}. The weights are those before the first of them; "
-        "look at these rows, lower optim.lr, or raise train.max_withheld"
-    )
-
-
 def _train(
     engine: Engine,
     state: RunState,
@@ -383,7 +235,11 @@ def _train(
 
     trackers = on_main(open_trackers, world=job.world, device=job.device) or Trackers([])
     # Inside of the trackers: closing them may take a while, in which this rank must not seem to be at work.
-    with trackers, watchdog.leaving_on_error(), _profiler(recipe, enabled=profile, world=job.world) as profiler:
+    with (
+        trackers,
+        watchdog.leaving_on_error(),
+        profiled_steps(run_dir / "profile", enabled=profile and job.world.is_main) as profiler,
+    ):
         if new_curve is not None:
             trackers.log(ChangeMetrics(state.step, new_curve, attempt))
         if held_out is not None and state.step == 0:
@@ -469,22 +325,3 @@ def _export(engine: Engine, job: Job) -> Path:
 
     on_main(write, world=job.world, device=job.device)
     return final
-
-
-@contextlib.contextmanager
-def _profiler(recipe: Recipe, *, enabled: bool, world: World) -> Iterator["torch.profiler.profile | None"]:
-    """Profile steps 3 to 5 of rank 0 into <run>/profile: a Chrome trace and a table by kernel."""
-    if not enabled or not world.is_main:
-        yield None
-        return
-    directory = recipe.run.path / "profile"
-    directory.mkdir(parents=True, exist_ok=True)
-
-    def write(profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(directory / "trace.json"))
-        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        (directory / "table.txt").write_text(profiler.key_averages().table(sort_by=key, row_limit=40), encoding="utf-8")
-
-    window = torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
-    with torch.profiler.profile(schedule=window, on_trace_ready=write, profile_memory=True) as profiler:
-        yield profiler

@@ -12,15 +12,15 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from sft_dist import heartbeat
 from sft_dist.errors import RankLostError, SftDistError
+from sft_dist.hang import describe_hang, raised_in, stands
 from sft_dist.heartbeat import FINISHED, LEFT, NOBODY, RUNNING, Heartbeat
 from sft_dist.rank_log import log_path, original_stderr
 from sft_dist.redact import redacted
@@ -39,10 +39,6 @@ SHARE_BEATS = 3
 C_TIMER_S = 10.0
 """So much later than the thread, a timer outside of Python ends a rank that never lets the thread run."""
 
-WAITING_CODE = ("/torch/distributed/", "/torch/autograd/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
-"""Where a main thread waits for other ranks. ZeRO-3 waits for a layer's weights by a handle, with no frame of torch."""
-
-PACKAGE = Path(__file__).parent
 GOES_ON = "the last committed checkpoint is whole, and the same command goes on from it"
 
 logger = logging.getLogger(__name__)
@@ -184,7 +180,7 @@ class Watchdog:
         if not self._watches or not _may_come_from_a_peer(error):
             self._leave(_in_short(error), blamed=self.world.rank)
             return None
-        self._raised_in, self._explains = _raised_in(error), True
+        self._raised_in, self._explains = raised_in(error), True
         self._wake.set()
         started = time.monotonic()
         while self._loss is None:
@@ -364,7 +360,7 @@ class Watchdog:
         """Write this rank's stacks, let the others do so, then end; unless one of them got on meanwhile."""
         self._is_hanging, state = True, self._own.state
         _bounded(self._dump_stacks, seconds=heartbeat.BEAT_S)
-        where, waits = _stands(sys._current_frames().get(threading.main_thread().ident or 0))
+        where, waits = stands(sys._current_frames().get(threading.main_thread().ident or 0))
         if self._explains:  # it waited until the collective gave up
             where, waits = self._raised_in or where, True
         self._change(where=where, waits=waits)
@@ -385,24 +381,8 @@ class Watchdog:
             self._next_sweep = time.monotonic() + max(self.timeout_s - least, SHARE_BEATS * heartbeat.BEAT_S)
             self._is_hanging = False
             return
-        self._end(self._hang_of([*beating, self._own], silent), speaks=all(p.rank > self.world.rank for p in beating))
-
-    def _hang_of(self, beating: list[Heartbeat], silent: list[Heartbeat]) -> Loss:
-        """The summary of a hang: where every rank stands, and who most likely holds up the others."""
-        latest = max(peer.step for peer in [*beating, *silent])
-        lines = [f"no progress for {self.timeout_s:.0f} s at step {latest}"]
-        for peer in sorted([*beating, *silent], key=lambda peer: peer.rank):
-            if peer in silent:
-                place = f"no heartbeat for {time.time() - peer.time:.0f} s"
-            else:
-                place = f"{'waits' if peer.waits else 'is'} at {peer.where or 'an unknown place'}"
-            lines.append(
-                f"  rank {peer.rank} on {peer.host} (pid {peer.pid}), step {peer.step}, phase {peer.phase}: {place}"
-            )
-        suspects = _suspects(beating, silent)
-        if suspects:
-            lines.append(f"  likely cause: rank {', '.join(str(peer.rank) for peer in suspects)}")
-        return Loss(suspects[0].rank if suspects else NOBODY, "\n".join(lines))
+        suspect, text = describe_hang([*beating, self._own], silent, timeout_s=self.timeout_s)
+        self._end(Loss(suspect, text), speaks=all(peer.rank > self.world.rank for peer in beating))
 
     def _dump_stacks(self) -> None:
         title = f"no progress for {self.timeout_s:.0f} s: Python stacks of rank {self.world.rank}, "
@@ -482,43 +462,3 @@ def _may_come_from_a_peer(error: BaseException) -> bool:
 def _idle_s(peer: Heartbeat) -> float:
     """Seconds since the peer's last progress, counting those that it has not beaten."""
     return peer.idle_s + max(0.0, time.time() - peer.time)
-
-
-def _raised_in(error: BaseException) -> str:
-    """The innermost line of this package that the error passed; empty when it passed none."""
-    lines = [(Path(frame.f_code.co_filename), line, frame) for frame, line in traceback.walk_tb(error.__traceback__)]
-    own = [_place(path, line, frame) for path, line, frame in lines if path.is_relative_to(PACKAGE)]
-    return own[-1] if own else ""
-
-
-def _place(path: Path, line: int, frame: FrameType) -> str:
-    name = path.relative_to(PACKAGE) if path.is_relative_to(PACKAGE) else path
-    return f"{name.as_posix()}:{line} {frame.f_code.co_name}"
-
-
-def _stands(frame: FrameType | None) -> tuple[str, bool]:
-    """(innermost line of this package, else of any, and whether it waits for other ranks there)."""
-    innermost, waits = frame, False
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE) and path != Path(__file__):
-            # On a GPU the wait is in reading the result, which leaves no frame of torch.
-            waits = waits or (frame is innermost and path == PACKAGE / "engine" / "collectives.py")
-            return _place(path, frame.f_lineno, frame), waits
-        inside = path.as_posix()
-        waits = waits or any(part in inside for part in WAITING_CODE)
-        frame = frame.f_back
-    return (
-        (_place(Path(innermost.f_code.co_filename), innermost.f_lineno, innermost), waits) if innermost else ("", False)
-    )
-
-
-def _suspects(beating: list[Heartbeat], silent: list[Heartbeat]) -> list[Heartbeat]:
-    """Who most likely holds up the rest: the frozen, else those that do not wait, else those behind; else nobody."""
-    if silent:
-        return silent
-    working = [peer for peer in beating if not peer.waits]
-    if 0 < len(working) < len(beating):
-        return working
-    latest = max(peer.step for peer in beating)
-    return [peer for peer in beating if peer.step < latest]

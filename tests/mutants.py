@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant(
         # Every weight still adds up to 1: only another layout's curve shows it.
         "mean of micro-batch means",
-        "train.py",
+        "loop.py",
         "share = engine(micro)  #",
         "share = engine(micro) / (micro.weights.sum() * len(batch.micros))  #",
         f"{LAYOUT}[single-onepack-example_mean-r103-w1]",
@@ -143,7 +143,7 @@ MUTANTS = [
         "check against the model's own logits not made",
         "train.py",
         "agreement = require_own_loss(",
-        "from sft_dist.model.verify import compare_with_own_logits\n            agreement = compare_with_own_logits(",
+        "from sft_dist.model.verify import compare_with_own_logits\n        agreement = compare_with_own_logits(",
         "launch/test_errors.py::test_a_model_whose_logits_disagree",
     ),
     Mutant(
@@ -205,7 +205,7 @@ MUTANTS = [
     ),
     Mutant(
         "learning rate of the step before",
-        "train.py",
+        "loop.py",
         "lr = lr_at(batch.step,",
         "lr = lr_at(max(1, batch.step - 1),",
         REFERENCE,
@@ -765,9 +765,16 @@ def main() -> int:
 
 def misfit(mutant: Mutant, pristine: Path) -> str:
     """Why the bug cannot be planted, "" if it can."""
-    count = (pristine / "sft_dist" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
-    where = f"sft_dist/{mutant.file} holds {mutant.old!r} {count} times"
-    return "" if count == 1 else f"{mutant.name}: {where}; expected once: adapt it to the code as it is"
+    text = (pristine / "sft_dist" / mutant.file).read_text(encoding="utf-8")
+    count = text.count(mutant.old)
+    if count != 1:
+        where = f"sft_dist/{mutant.file} holds {mutant.old!r} {count} times"
+        return f"{mutant.name}: {where}; expected once: adapt it to the code as it is"
+    try:
+        compile(text.replace(mutant.old, mutant.new), mutant.file, "exec")
+    except SyntaxError as error:
+        return f"{mutant.name}: planted, sft_dist/{mutant.file} is no Python any more: {error}"
+    return ""
 
 
 def baseline_problems(chosen: Sequence[Mutant], pristine: Path) -> list[str]:

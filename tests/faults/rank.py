@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft_dist import checkpoint, cli, commits, heartbeat, train
+from sft_dist import checkpoint, cli, commits, heartbeat, loop
 from sft_dist.data import build, prepare
 from sft_dist.model.load import PackedModel
 from sft_dist.run_files import HEARTBEATS
@@ -95,12 +95,13 @@ def kill_in_save(*, at: str, step: int, whom: str) -> None:
         return prune(directory, **settings)
 
     checkpoint.write_fragments, commits.flush = dying_fragments, dying_flush
-    commits.write_durably, commits.commit, commits.prune = dying_write, dying_commit, dying_prune
+    commits.write_durably = checkpoint.write_durably = dying_write
+    commits.commit, commits.prune = dying_commit, dying_prune
 
 
 def disturb_steps(plan: Mapping[str, Any]) -> None:
     """What happens at a step: the hook is where the loop seeds a micro-batch."""
-    seed_forward, forward = train.seed_forward, PackedModel.forward
+    seed_forward, forward = loop.seed_forward, PackedModel.forward
     at = {"step": 0}
 
     def disturbed(seed: int, step: int, rank: int, micro_index: int) -> None:
@@ -118,7 +119,7 @@ def disturb_steps(plan: Mapping[str, Any]) -> None:
             raise IndexError("index out of range in self")
         return forward(self, *arguments, **settings)
 
-    train.seed_forward, PackedModel.forward = disturbed, raising  # type: ignore[method-assign]
+    loop.seed_forward, PackedModel.forward = disturbed, raising  # type: ignore[method-assign]
 
 
 def slow_down_writes(seconds: float) -> None:

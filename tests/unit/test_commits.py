@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import xxhash
 
-from sft_dist import commits
+from sft_dist import commits, durable
 from sft_dist.commits import NUM_RECENT, RunState, Segment
 from sft_dist.errors import CheckpointError
 
@@ -428,7 +428,7 @@ def test_a_crash_at_any_moment_leaves_whole_checkpoints(tmp_path: Path, monkeypa
 
 def test_a_text_file_is_replaced_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "run.json"
-    commits.replace_durably(file, "old")
+    durable.replace_durably(file, "old")
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -436,8 +436,8 @@ def test_a_text_file_is_replaced_or_as_it_was(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            commits.replace_durably(file, "new")
+            durable.replace_durably(file, "new")
     assert file.read_text() == "old"
-    commits.replace_durably(file, "new")
+    durable.replace_durably(file, "new")
     assert file.read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "sft_dist"
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
 errors redact run_files config console durable package_files quiet world
-commits run_record heartbeat rank_log watchdog
+commits run_record heartbeat rank_log hang watchdog
 demo.formulas demo.templates demo.dataset demo.model
 data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
 data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
@@ -32,7 +32,8 @@ optim guard
 checkpoint
 generate evaluate scoring
 metrics wandb_process trackers wandb_sync
-oom job banner
+oom job banner profiling
+loop
 train launch
 demo_run
 """.splitlines()

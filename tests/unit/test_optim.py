@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sft_dist.config import OptimSection
+from sft_dist.loop import seed_forward
 from sft_dist.optim import lr_at, needs_decay
-from sft_dist.train import seed_forward
 
 
 def rates(**settings: object) -> list[float]:

@@ -36,14 +36,7 @@ def held_out_of(step: int) -> HeldOutMetrics:
     return HeldOutMetrics(step, held_out_loss=2.5, examples=3, response_tokens=4, seconds=9.0, attempt=1)
 
 
-@pytest.fixture(autouse=True)
-def _no_wandb_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key, no settings, no service of a user's own."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+pytestmark = pytest.mark.usefixtures("no_wandb_of_the_machine")
 
 
 @pytest.fixture

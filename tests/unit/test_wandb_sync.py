@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,7 @@ from sft_dist.wandb_sync import sync_run
 from tests.tiny import free_port
 from tests.unit.wandb_server import wandb_server
 
-
-@pytest.fixture(autouse=True)
-def _no_wandb_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+pytestmark = pytest.mark.usefixtures("no_wandb_of_the_machine")
 
 
 @pytest.fixture

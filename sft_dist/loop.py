@@ -1,0 +1,168 @@
+"""The training itself: micro-batches, one reduction, one update, and what is due after a step."""
+
+import functools
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from sft_dist.checkpoint import Commit, Saver
+from sft_dist.commits import RunState
+from sft_dist.config import Recipe
+from sft_dist.data.batch import StepBatch
+from sft_dist.data.store import TokenStore
+from sft_dist.engine.collectives import gather_texts, sum_over_ranks
+from sft_dist.engine.interface import Engine
+from sft_dist.errors import NotFiniteError
+from sft_dist.evaluate import HeldOutSet
+from sft_dist.guard import reason_to_withhold
+from sft_dist.metrics import CommitMetrics, HeldOutMetrics, step_metrics
+from sft_dist.optim import lr_at
+from sft_dist.run_files import STOP_FILE
+from sft_dist.trackers import Trackers
+from sft_dist.watchdog import Watchdog
+from sft_dist.world import StopRequest, World
+
+NUM_NAMED = 20
+"""Examples that are named when the training stops because of them."""
+
+
+def train_loop(
+    engine: Engine,
+    steps: Iterable[StepBatch],
+    state: RunState,
+    *,
+    recipe: Recipe,
+    num_steps: int,
+    store: TokenStore,
+    held_out: HeldOutSet | None,
+    saver: Saver,
+    trackers: Trackers,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    attempt: int,
+    profiler: "torch.profiler.profile | None" = None,
+) -> RunState:
+    """Train until the last step or a stop request; the state it returns is committed."""
+    started = time.perf_counter()
+    for batch in steps:
+        shares = []
+        for index, micro in enumerate(batch.micros):
+            watchdog.progress(step=batch.step, phase=f"micro-batch {index + 1} of {len(batch.micros)}")
+            seed_forward(recipe.run.seed, batch.step, engine.world.rank, index)
+            with engine.accumulate(is_last=micro.is_last):
+                share = engine(micro)  # this rank's share of the global loss: weights are final
+                engine.backward(share)
+            shares.append(share.detach().double())
+        asked = stop_requested(stop, recipe, engine.world)
+        told = torch.tensor([asked, *saver.flags()], dtype=torch.float64, device=engine.device)
+        # The one reduction of a step besides the gradients': its loss, who was asked to stop, who has saved.
+        loss, num_asked, *saved = sum_over_ranks(torch.cat([torch.stack(shares).sum()[None], told])).tolist()
+        withheld = reason_to_withhold(loss, state.recent_losses, spike_guard=recipe.train.spike_guard)
+        lr = lr_at(batch.step, optim=recipe.optim, num_steps=num_steps)
+        result = engine.step(lr=lr, withhold=withheld is not None)
+        if not result.applied:
+            withheld = withheld or "gradient not finite"
+        state = state.after(loss, applied=result.applied)
+        metrics = step_metrics(
+            batch,
+            result,
+            loss=loss,
+            withheld=withheld,
+            lr=lr,
+            seconds=time.perf_counter() - started,
+            device=engine.device,
+            attempt=attempt,
+        )
+        trackers.log(metrics)
+        log_commit(saver.settle(*saved), trackers, attempt=attempt)
+        if profiler is not None:
+            profiler.step()
+        if state.withheld_in_a_row >= recipe.train.max_withheld:
+            log_commit(saver.finish(), trackers, attempt=attempt)
+            raise not_finite(engine, batch, shares, store=store, reason=withheld or "", state=state)
+        is_end = batch.step == num_steps
+        if held_out is not None and (is_end or is_due(recipe.train.eval_every, batch.step)):
+            held_out_loss = measure_held_out(
+                engine, held_out, step=batch.step, trackers=trackers, watchdog=watchdog, attempt=attempt
+            )
+            state = replace(state, held_out_loss=held_out_loss)
+        if is_end or num_asked or is_due(recipe.train.save_every, batch.step):
+            watchdog.progress(step=batch.step, phase="saving")
+            log_commit(saver.start(state), trackers, attempt=attempt)
+        if num_asked:
+            break
+        started = time.perf_counter()
+    log_commit(saver.finish(), trackers, attempt=attempt)
+    return state
+
+
+def seed_forward(seed: int, step: int, rank: int, micro_index: int) -> None:
+    """Make randomness a function of (seed, step, rank, micro-batch), so that a resume needs no RNG state."""
+    mixed = seed
+    for part in (step, rank, micro_index):
+        mixed = (mixed * 0x9E3779B97F4A7C15 + part + 1) % 2**63
+    torch.manual_seed(mixed)
+
+
+def is_due(every: int | None, step: int) -> bool:
+    """True at every `every`-th step; never for None."""
+    return every is not None and step % every == 0
+
+
+def stop_requested(stop: StopRequest, recipe: Recipe, world: World) -> bool:
+    """A signal on this rank, or the stop file seen by rank 0."""
+    return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).exists())
+
+
+def measure_held_out(
+    engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, watchdog: Watchdog, attempt: int
+) -> float:
+    """Log and return the held-out loss after `step`."""
+    started = time.perf_counter()
+    on_progress = functools.partial(watchdog.progress, step=step, phase="held-out loss")
+    loss = held_out.loss_of(engine, on_progress=on_progress)
+    metrics = HeldOutMetrics(
+        step=step,
+        held_out_loss=loss,
+        examples=len(held_out.example_ids),
+        response_tokens=int(held_out.num_responses.sum()),
+        seconds=time.perf_counter() - started,
+        attempt=attempt,
+    )
+    trackers.log(metrics)
+    return loss
+
+
+def log_commit(commit: Commit | None, trackers: Trackers, *, attempt: int) -> None:
+    """Log a checkpoint, if one was committed."""
+    if commit is not None:
+        trackers.log(CommitMetrics(**vars(commit), attempt=attempt))
+
+
+def not_finite(
+    engine: Engine,
+    batch: StepBatch,
+    shares: Sequence[torch.Tensor],
+    *,
+    store: TokenStore,
+    reason: str,
+    state: RunState,
+) -> NotFiniteError:
+    """The error that ends a run whose updates are withheld again and again. Collective: ranks tell what they trained.
+
+    It names the packs whose loss is not finite, or the whole step where all of them are.
+    """
+    guilty = [pack for pack, share in zip(batch.packs, shares, strict=True) if not share.isfinite()]
+    mine = json.dumps([int(example) for pack in guilty for example in pack])
+    ids = [example for text in gather_texts(mine, world=engine.world) for example in json.loads(text)]
+    ids = ids or batch.example_ids.tolist()
+    named = ", ".join(str(store.origin(example)) for example in ids[:NUM_NAMED])
+    more = f" and {len(ids) - NUM_NAMED} more" * (len(ids) > NUM_NAMED)
+    return NotFiniteError(
+        f"{state.withheld_in_a_row} updates in a row were withheld, the last at step {batch.step}: {reason}. "
+        f"Its examples: {named}{more}. The weights are those before the first of them; "
+        "look at these rows, lower optim.lr, or raise train.max_withheld"
+    )
