@@ -120,7 +120,10 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
 
 def _add_data_verbs(verbs: "Verbs") -> None:
     """prepare, inspect, lint"""
-    _recipe_verb(verbs, "prepare", _prepare, "tokenise and verify the data of a recipe, without torch")
+    prepare = _recipe_verb(verbs, "prepare", _prepare, "tokenise and verify the data of a recipe, without torch")
+    prepare.add_argument(
+        "--with-model", action="store_true", help="fetch the model's weights too, for machines without a network"
+    )
 
     inspect = _recipe_verb(verbs, "inspect", _inspect, "show what is trained: prompt dimmed, trained tokens coloured")
     inspect.add_argument("--example", type=int, action="append", help="this example, from 0, whole; may be repeated")
@@ -149,13 +152,21 @@ def _add_data_verbs(verbs: "Verbs") -> None:
 
 
 def _add_other_verbs(verbs: "Verbs") -> None:
-    """config, generate, demo"""
+    """config, evaluate, generate, demo"""
     config = verbs.add_parser("config", help="print the resolved recipe, or what comes with the package")
     config.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.add_argument("--schema", action="store_true", help="print the recipe's JSON schema")
+    config.add_argument("--run-dir", action="store_true", help="print the directory of the recipe's run only")
     config.add_argument("--list", action="store_true", help="list the recipes that come with the package")
     config.set_defaults(verb=_config)
+
+    _recipe_verb(
+        verbs,
+        "evaluate",
+        _evaluate,
+        "held-out loss of a finished run's model, into <run>/evaluation.json",
+    )
 
     generate = verbs.add_parser("generate", help="chat with an exported model")
     generate.add_argument("model", type=Path, help="an exported model, e.g. runs/<name>/model")
@@ -296,6 +307,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from sft_dist.console import make_console
     from sft_dist.data.inspect import summary
     from sft_dist.data.prepare import open_or_prepare
+    from sft_dist.data.tokenizer_files import fetch_model
 
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
     console = make_console()
@@ -303,6 +315,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
         if sources:
             console.print(f"[bold]{name}[/bold]")
             summary(open_or_prepare(recipe, sources, console=console), console)
+    if arguments.with_model:
+        section = recipe.model
+        print(f"model: {fetch_model(section.path, section.revision, with_code=section.trust_remote_code)}")
     return 0
 
 
@@ -406,7 +421,25 @@ def _config(arguments: argparse.Namespace) -> int:
     elif arguments.recipe is None:
         raise ConfigError("name a recipe, or use --schema or --list")
     else:
-        print(load_recipe(_recipe_path(arguments.recipe), arguments.overrides).to_yaml(), end="")
+        recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
+        print(recipe.run.path if arguments.run_dir else recipe.to_yaml().removesuffix("\n"))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from sft_dist.config import load_recipe
+
+    recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
+
+    from sft_dist.console import make_console
+    from sft_dist.measure import evaluate_run
+
+    found = evaluate_run(recipe, console=make_console())
+    print(
+        f"{found.model}: {found.examples:,} held-out examples, {found.response_tokens:,} response tokens\n"
+        f"loss per example {found.example_mean:.4f}, per token {found.token_mean:.4f}, "
+        f"perplexity {found.perplexity:,.2f} ({found.dtype}, {found.seconds:.0f} s)"
+    )
     return 0
 
 

@@ -4,18 +4,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sft_dist.config import LossName
-from sft_dist.data.batch import build_micro_batch, token_weights
+from sft_dist.data.batch import MicroBatch, build_micro_batch, token_weights
 from sft_dist.data.schedule import CostModel, Pack, spread
 from sft_dist.data.store import TokenStore
 from sft_dist.engine.collectives import sum_over_ranks
-from sft_dist.engine.interface import Engine
 from sft_dist.model.load import PackedModel
+from sft_dist.world import World
 
 
 @contextmanager
@@ -28,6 +30,18 @@ def evaluating(model: PackedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+class Measurable(Protocol):
+    """What a held-out loss needs of an engine; a model without an optimizer has it too."""
+
+    @property
+    def world(self) -> World: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def model(self) -> PackedModel: ...
+    def __call__(self, micro: MicroBatch) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +77,7 @@ class HeldOutSet:
         """Trained tokens of each example: `[N]`."""
         return np.asarray(self.store.num_responses)[self.example_ids]
 
-    def loss_of(self, engine: Engine, *, on_progress: Callable[[], None] = lambda: None) -> float:
+    def loss_of(self, engine: Measurable, *, on_progress: Callable[[], None] = lambda: None) -> float:
         """Held-out loss in nats, the same on every rank. Touches neither gradients nor random state.
 
         on_progress: called before each micro-batch.

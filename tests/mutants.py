@@ -263,6 +263,13 @@ MUTANTS = [
         "np.random.PCG64([seed, 0])",
         f"{SCHEDULE}::test_an_epoch_ends_a_step_and_the_next_is_reshuffled",
     ),
+    Mutant(
+        "a finished model's perplexity is of the mean per example",
+        "measure.py",
+        "math.exp(token_mean)",
+        "math.exp(example_mean)",
+        "launch/test_evaluate.py::test_a_finished_model_has_the_loss_that_the_run_ended_with",
+    ),
     # ------------------------------------------------------------ checkpoints and resume
     Mutant(
         "schedule starts over after a resume",

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def read_files(path: str | Path, revision: str | None) -> dict[str, bytes]:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = _download(str(path), revision)
+        folder = download(str(path), revision, TOKENIZER_FILES)
     try:
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     except OSError as error:
@@ -49,11 +49,29 @@ def read_files(path: str | Path, revision: str | None) -> dict[str, bytes]:
     return files
 
 
-def _download(path: str, revision: str | None) -> Path:
+def fetch_model(path: str, revision: str | None, *, with_code: bool) -> Path:
+    """All that training reads of a model, in the hub's cache or where it lies; machines without a network need no more.
+
+    with_code: the model's own Python files too. Raises ConfigError if there is no such model, or no weights in it.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        code = ("*.py",) if with_code else ()
+        folder = download(path, revision, (*TOKENIZER_FILES, "*.json", "*.safetensors", *code))
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{path}: no *.safetensors, which model.path must hold; make them with "
+            f"`AutoModelForCausalLM.from_pretrained({path!r}).save_pretrained(...)` and give that directory"
+        )
+    return folder
+
+
+def download(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of the hub's cache that holds these files of a model. Raises ConfigError if they cannot be had."""
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(f"model.path={path!r}: no such directory (looked in {Path.cwd()})")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model.path={path!r}: neither a directory nor a hub model that can be fetched: {one_line(str(error))}"

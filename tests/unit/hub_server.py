@@ -1,4 +1,4 @@
-"""A hub on loopback: the few endpoints that the real clients call to find and download the files of a data set."""
+"""A hub on loopback: the few endpoints that the real clients call to find and download data sets and models."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ Files = Mapping[str, bytes]
 
 @dataclass
 class Hub:
-    """repositories: data set id -> revision name -> files. The branch is `main`; other names are tags.
+    """repositories: data set id, or models/<model id> -> revision name -> files. The branch is `main`; others are tags.
 
     requests: method and path of every request, in order.
     """
@@ -40,7 +40,7 @@ class Hub:
 
 @contextmanager
 def serve(repositories: dict[str, dict[str, Files]]) -> Iterator[Hub]:
-    """Serve these data sets on a free port of loopback; they may be changed while it runs."""
+    """Serve these on a free port of loopback; they may be changed while it runs."""
     hub = Hub(repositories)
 
     class Handler(_Handler):
@@ -75,12 +75,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.served.requests.append(f"{self.command} {path}")
-        kind, _, rest = path.removeprefix("/").partition("/")
-        is_api = kind == "api"
-        if is_api:
-            kind, _, rest = rest.partition("/")
+        is_api = path.startswith("/api/")
+        rest = path.removeprefix("/api").removeprefix("/")
+        if not is_api and not rest.startswith("datasets/"):
+            rest = f"models/{rest}"  # the hub leaves the word out
+        rest = rest.removeprefix("datasets/")
         repository = next((name for name in self.served.repositories if f"{rest}/".startswith(f"{name}/")), None)
-        if kind != "datasets" or repository is None:
+        if repository is None:
             self._fail(404, "RepoNotFound", "Repository not found")
             return
         verb, _, rest = rest.removeprefix(repository).removeprefix("/").partition("/")
@@ -92,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(*found, inside)
         elif verb in ("", "revision"):
             siblings = [{"rfilename": name} for name in found[1]]
-            self._send_json({"id": repository, "sha": found[0], "siblings": siblings})
+            self._send_json({"id": repository.removeprefix("models/"), "sha": found[0], "siblings": siblings})
         elif verb == "tree":
             self._send_json(_tree(found[1], inside, recursive="recursive=true" in self.path.lower()))
         else:

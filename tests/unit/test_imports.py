@@ -34,7 +34,7 @@ generate evaluate scoring
 metrics wandb_process trackers wandb_sync
 oom job banner profiling
 loop
-train launch
+train measure launch
 demo_run
 """.splitlines()
 MODULES = [module for line in ORDER if not line.startswith("--") for module in line.split()]
