@@ -283,7 +283,7 @@ def find_good(
     raise CheckpointError(
         f"no checkpoint can be gone on from: {'; '.join(wrong)}. "
         + (
-            "Restore one from a backup, or move the checkpoints directory away to start at step 1"
+            "Restore one from a backup, or begin again under another run.name"
             if may_fall_back
             else "Leave --resume-from out to take the newest good one"
         )
@@ -393,9 +393,9 @@ def continued(found: RunState, now: RunState, *, allow_change: bool, path: Path)
     segments = found.segments
     if changes.new_draws:
         segments = (*segments, replace(now.segment, after_step=found.step))
-    # Losses of another curve are no measure of a spike.
-    recent = () if changes.curve else found.recent_losses
-    return replace(found, curve=now.curve, layout=now.layout, code=now.code, segments=segments, recent_losses=recent)
+    here = replace(found, curve=now.curve, layout=now.layout, code=now.code, segments=segments)
+    # Losses of another curve are no measure of a spike, and what it withheld does not count against this one.
+    return replace(here, recent_losses=(), withheld_in_a_row=0) if changes.curve else here
 
 
 def first_state(*, curve: dict[str, Any], segment: Segment, layout: dict[str, Any], code: dict[str, str]) -> RunState:

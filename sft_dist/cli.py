@@ -236,7 +236,8 @@ def _sync(arguments: argparse.Namespace) -> int:
     from sft_dist.wandb_sync import sync_run
 
     num_lines = sync_run(arguments.run, project=arguments.project, mode=arguments.mode)
-    print(f"{num_lines} records of {arguments.run} are with wandb ({arguments.mode})")
+    where = "are with wandb" if arguments.mode == "online" else "are written for wandb; `wandb sync` sends them"
+    print(f"{num_lines} records of {arguments.run} {where}")
     return 0
 
 

@@ -11,6 +11,7 @@ manifest has its size and hash. The newest one is found by looking, never by a p
 import json
 import math
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ COMMITTED = "COMMITTED"
 MANIFEST = "manifest.json"
 STATE = "run_state.json"
 SLACK_BYTES = 2**20
+_NAME = re.compile(r"step-[0-9]+")
 NUM_RECENT = 32
 """Losses that the spike guard looks back on."""
 
@@ -86,6 +88,11 @@ class RunState:
         segments = tuple(Segment(**segment) for segment in raw.pop("segments"))
         if not segments:
             raise ValueError("segments is empty")
+        counts = {key: raw[key] for key in ("step", "num_updates", "withheld_in_a_row")}
+        if wrong := {key: value for key, value in counts.items() if type(value) is not int or value < 0}:
+            raise ValueError(f"no count: {wrong}")
+        if wrong := {key: raw[key] for key in ("curve", "layout", "code") if not isinstance(raw[key], dict)}:
+            raise TypeError(f"no object: {wrong}")
         return cls(**raw | {"segments": segments, "recent_losses": tuple(raw["recent_losses"])})
 
     def to_json(self) -> str:
@@ -116,12 +123,18 @@ def make_room(directory: Path, step: int, *, size_bytes: int) -> Path:
     free = shutil.disk_usage(directory).free
     if free < size_bytes + SLACK_BYTES:
         raise CheckpointError(
-            f"{directory}: step {step} needs {size_bytes / 1e9:.3f} GB and {free / 1e9:.3f} GB are free; "
-            "make room, or lower train.keep_checkpoints"
+            f"{directory}: the checkpoint of step {step} needs {(size_bytes + SLACK_BYTES) / 1e6:,.1f} MB and "
+            f"{free / 1e6:,.1f} MB are free; make room: older checkpoints go only after a newer one is whole, "
+            f"so delete what you can spare yourself{_spare(directory)}"
         )
     writing = directory / f".{name_of(step)}"
     writing.mkdir()
     return writing
+
+
+def _spare(directory: Path) -> str:
+    older = [path.name for path in committed(directory)[:-1]]
+    return f", such as {older[0]}" if older else ""
 
 
 def read_umask() -> int:
@@ -206,7 +219,7 @@ def committed(directory: Path) -> list[Path]:
 
 def steps(directory: Path) -> list[Path]:
     """Whatever is named like a checkpoint, oldest first: also what has lost its COMMITTED."""
-    found = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir()]
+    found = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -246,7 +259,7 @@ def require_trusted(path: Path) -> None:
     for file in (path, *sorted(path.iterdir())):
         info = file.lstat()
         if stat.S_ISLNK(info.st_mode):
-            raise CheckpointError(f"{file}: is a link; a checkpoint holds its files itself")
+            raise CheckpointError(f"{file}: is a link; put what it points to in its place, or set the checkpoint aside")
         if info.st_uid not in (os.getuid(), 0):
             raise CheckpointError(
                 f"{file}: belongs to another user (uid {info.st_uid}); --trust-checkpoint goes on from it nevertheless"

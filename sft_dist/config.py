@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from sft_dist.errors import ConfigError
+from sft_dist.redact import redacted_tree
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 EngineName = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -373,7 +374,8 @@ def _describe(error: ValidationError) -> Iterator[str]:
                 if near
                 else f"known keys here: {', '.join(known)}"
             )
-            yield f"unknown key {key!r} (value {given!r}); {mend}"
+            shown = redacted_tree({location[-1]: given})[location[-1]]
+            yield f"unknown key {key!r} (value {shown!r}); {mend}"
         elif problem["type"] == "missing":
             yield f"{key!r} is missing; every recipe needs it"
         elif problem["type"] == "value_error":

@@ -1,7 +1,9 @@
 """All that a run needs to know before any process group forms, and every refusal that is possible by then."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from sft_dist.model.load import (
     load_model,
     read_config,
 )
-from sft_dist.run_files import CHECKPOINTS, METRICS
+from sft_dist.run_files import CHECKPOINTS, METRICS, MODEL, RUN_JSON
 from sft_dist.run_record import read_starts
 from sft_dist.world import World, check_launcher_agrees, read_world
 
@@ -114,10 +116,17 @@ class Job:
         )
 
     def continuing(self, state: RunState) -> "Job":
-        """This job with the steps of the segment that `state` draws from."""
-        if state.segment.after_step == 0:
-            return self
-        return replace(self, schedule=schedule_of(self.recipe, self.store, after_step=state.segment.after_step))
+        """This job with the steps of the segment that `state` draws from. Raises CheckpointError behind the last."""
+        after_step = state.segment.after_step
+        job = self
+        if after_step:
+            job = replace(self, schedule=schedule_of(self.recipe, self.store, after_step=after_step))
+        if state.step > job.schedule.num_steps:
+            raise CheckpointError(
+                f"{self.recipe.run.path} stands after step {state.step}, and the recipe ends at step "
+                f"{job.schedule.num_steps}; raise train.steps or train.epochs, or choose another run.name"
+            )
+        return job
 
     def require_same_checkpoints(self) -> None:
         """Raise CheckpointError when another job has saved or deleted some since they were looked for.
@@ -233,33 +242,51 @@ def _find_checkpoints(recipe: Recipe, resume: ResumeOptions) -> tuple[Path, ...]
     last_start = starts[-1] if starts else {}
     newest = max((commits.step_of(path) for path in commits.committed(directory)), default=0)
     has_gone_on = newest > last_start.get("after_step", 0)
+    came_from = last_start.get("from")
+    if resume.start is None and came_from and not has_gone_on and not _is_in(Path(came_from), directory):
+        raise CheckpointError(
+            f"{recipe.run.path} went on from {came_from} and has saved nothing since; "
+            f"give --resume-from {came_from} again"
+        )
     if resume.start not in (None, "latest"):
         # A job that is started again with the same words goes on from what it has saved since.
         if not (has_gone_on and last_start.get("asked") == resume.start):
             found = (_named(resume.start, directory),)
     elif not found:
-        last = last_commit(recipe.run.path / METRICS)
-        if last is not None or resume.start == "latest":
-            was = f"step {last} was committed and" if last is not None else "--resume-from latest, and"
+        if begun := _signs_of_a_begun_run(recipe.run.path, starts):
             raise CheckpointError(
-                f"{directory}: {was} no checkpoint is here; put it back, or choose another run.name: "
+                f"{directory}: no checkpoint is here, but {begun}; put it back, or choose another run.name: "
                 "a run that was begun does not start again at step 1 by itself"
             )
-    came_from = last_start.get("from")
-    if resume.start is None and came_from and not has_gone_on and Path(came_from).parent != directory.absolute():
-        raise CheckpointError(
-            f"{recipe.run.path} went on from {came_from} and has saved nothing since; "
-            f"give --resume-from {came_from} again"
-        )
+        if resume.start == "latest":
+            raise CheckpointError(
+                f"--resume-from latest: no checkpoint is in {directory}; leave it out to start at step 1"
+            )
     if found and not resume.trust:
         commits.require_trusted(found[0])
     return found
 
 
+def _signs_of_a_begun_run(run_dir: Path, starts: Sequence[Mapping[str, Any]]) -> str:
+    """What says that checkpoints were here, in words; empty for a run that has not committed one."""
+    if (last := last_commit(run_dir / METRICS)) is not None:
+        return f"{METRICS} says that step {last} was committed"
+    if after := max((start["after_step"] for start in starts), default=0):
+        return f"{RUN_JSON} says that it went on after step {after}"
+    if aside := sorted((run_dir / CHECKPOINTS).glob("aside-step-*")):
+        return f"{aside[-1].name} was set aside"
+    return f"a finished model is in {run_dir / MODEL}" if (run_dir / MODEL).exists() else ""
+
+
+def _is_in(path: Path, directory: Path) -> bool:
+    """True for a checkpoint of the run itself: noted by its name, so that the run may be moved."""
+    return len(path.parts) == 1 or path.resolve().parent == directory.resolve()
+
+
 def _named(start: str, directory: Path) -> Path:
     """The checkpoint that --resume-from names, by step or by path."""
-    path = directory / commits.name_of(int(start)) if start.isdigit() else Path(start)
-    if not path.is_dir():
+    path = directory / commits.name_of(int(start)) if start.isascii() and start.isdecimal() else Path(start)
+    if not start or not path.is_dir():
         names = ", ".join(known.name for known in commits.committed(directory)) or "none"
         raise CheckpointError(f"--resume-from {start}: there is no {path}; there are: {names}")
     return path
@@ -272,4 +299,5 @@ def _refuse_early(job: Job) -> None:
             state = commits.read_state(path)
         except CheckpointError:
             return  # broken: all ranks together look for a good one
-        checkpoint.continued(state, job.first_state, allow_change=job.resume.allow_change, path=path)
+        here = checkpoint.continued(state, job.first_state, allow_change=job.resume.allow_change, path=path)
+        job.continuing(here)

@@ -114,7 +114,7 @@ def is_due(every: int | None, step: int) -> bool:
 
 def stop_requested(stop: StopRequest, recipe: Recipe, world: World) -> bool:
     """A signal on this rank, or the stop file seen by rank 0."""
-    return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).exists())
+    return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).is_file())
 
 
 def measure_held_out(
@@ -164,5 +164,6 @@ def not_finite(
     return NotFiniteError(
         f"{state.withheld_in_a_row} updates in a row were withheld, the last at step {batch.step}: {reason}. "
         f"Its examples: {named}{more}. The weights are those before the first of them; "
-        "look at these rows, lower optim.lr, or raise train.max_withheld"
+        "look at these rows, lower optim.lr, or raise train.max_withheld. Where an update before them has spoiled the "
+        "weights, no later step helps: --resume-from an older checkpoint, or begin again under another run.name"
     )

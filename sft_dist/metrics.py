@@ -137,7 +137,7 @@ def to_line(metrics: Metrics) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines as they were written; a torn last line is ignored, and others that are no JSON are told and left out."""
+    """Lines as they were written; a torn last line is ignored, and others that are no record are told and left out."""
     if not path.exists():
         return
     damaged = []
@@ -148,9 +148,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except ValueError:  # a power cut leaves zeros where lines were
+                record = None
+            if isinstance(record, dict) and "event" in record and type(record.get("step")) is int:
+                yield record
+            else:
                 damaged.append(number)
-                continue
-            yield record
     if damaged:
         logger.warning("%s: %d lines cannot be read, the first is line %d", path, len(damaged), damaged[0])
 

@@ -11,17 +11,26 @@ import xxhash
 
 from sft_dist.commits import RunState
 from sft_dist.durable import replace_durably
+from sft_dist.errors import CheckpointError
 from sft_dist.redact import redacted
-from sft_dist.run_files import CONFIG, INTERRUPTED, RUN_JSON, STOP_FILE
+from sft_dist.run_files import CHECKPOINTS, CONFIG, INTERRUPTED, RUN_JSON, STOP_FILE
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """What each start noted, oldest first; none for a fresh run."""
+    """What each start noted, oldest first; none for a fresh run. Raises CheckpointError for a damaged file."""
     path = run_dir / RUN_JSON
-    starts: list[dict[str, Any]] = []
-    if path.exists():
-        starts = json.loads(path.read_text(encoding="utf-8")).get("starts", [])
-    return starts
+    if not path.exists():
+        return []
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        if any(type(start["after_step"]) is not int for start in starts):
+            raise TypeError("after_step is no whole number")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: is not the record of a run's starts any more ({type(error).__name__}: {error}); "
+            "put it back from a copy, or move it away: checkpoints do not need it"
+        ) from None
+    return list(starts)
 
 
 def record_start(
@@ -38,7 +47,7 @@ def record_start(
         "time": _now(),
         "host": socket.gethostname(),
         "after_step": state.step,
-        "from": str(came_from.absolute()) if came_from else None,
+        "from": _noted(came_from, run_dir) if came_from else None,
         "asked": asked,
         "curve": curve,
         "changed": changed,
@@ -59,6 +68,12 @@ def record_end(run_dir: Path, *, interrupted_after: int | None, reason: str) -> 
         note = {"step": interrupted_after, "reason": reason, "time": _now()}
         replace_durably(run_dir / INTERRUPTED, json.dumps(note) + "\n")
     (run_dir / STOP_FILE).unlink(missing_ok=True)
+
+
+def _noted(checkpoint: Path, run_dir: Path) -> str:
+    """The name of a checkpoint of the run itself, which may be moved; the whole path of another's."""
+    own = checkpoint.resolve().parent == (run_dir / CHECKPOINTS).resolve()
+    return checkpoint.name if own else str(checkpoint.absolute())
 
 
 def curve_digest(state: RunState) -> str:

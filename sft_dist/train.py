@@ -297,6 +297,10 @@ def _resume(engine: Engine, job: Job) -> tuple[RunState, Continuation]:
 
     aside = on_main(set_newer_aside, world=engine.world, device=engine.device) or []
     warnings = [f"broken: {text}" for text in wrong] + aside
+    if not (job.recipe.run.path / METRICS).exists():
+        warnings.append(
+            f"{METRICS} is gone, and with it the steps before; what is trained again is compared with nothing"
+        )
     last = last_commit(job.recipe.run.path / METRICS)
     if options.start is None and last is not None and last > found.step and not wrong:
         warnings.append(f"step {last} was committed, and is not here any more")

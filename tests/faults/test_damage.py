@@ -98,7 +98,7 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_start_at_step_1(engin
         truncate(run.checkpoint(8) / RANK_FILE)
         (run.checkpoint(6) / STATE).unlink()
         refused = run.requires_refused(
-            run.train(), f"step-00000008/{RANK_FILE}", f"step-00000006/{STATE}", "move the checkpoints directory away"
+            run.train(), f"step-00000008/{RANK_FILE}", f"step-00000006/{STATE}", "begin again under another run.name"
         )
         assert run.committed() == [6, 8]
         outcome.text = f"{refused}, names what is wrong with each"

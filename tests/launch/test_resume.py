@@ -84,8 +84,83 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
     for flags in ([], ["--resume-from", "latest"], ["--resume-from", "4"]):
         assert cli.main(["train", str(path), *flags]) == 2
     said = capsys.readouterr().err
-    assert said.count("step 6 was committed and no checkpoint is here") == 2
+    assert said.count("metrics.jsonl says that step 6 was committed") == 2
     assert "--resume-from 4: there is no" in said
+
+
+def test_a_begun_run_is_known_by_any_trace_of_it(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe()
+    run = directory(path)
+    assert cli.main(["train", str(path), "--resume-from", "latest"]) == 2
+    assert "leave it out to start at step 1" in capsys.readouterr().err
+    assert cli.main(["train", str(path)]) == 0
+    assert cli.main(["train", str(path)]) == 0
+    (run / "metrics.jsonl").unlink()
+    (run / "checkpoints").rename(path.parent / "lost")
+    (run / "checkpoints").mkdir()
+    traces = {
+        "run.json says that it went on after step 6": run / "run.json",
+        "aside-step-00000006 was set aside": run / "checkpoints" / "aside-step-00000006",
+        "a finished model is in": run / "model",
+    }
+    (run / "checkpoints" / "aside-step-00000006").mkdir()
+    for said, trace in traces.items():
+        assert cli.main(["train", str(path)]) == 2
+        assert said in capsys.readouterr().err
+        trace.rename(path.parent / f"lost-{trace.name}")
+    assert cli.main(["train", str(path)]) == 0
+
+
+def test_a_run_that_was_moved_goes_on_from_its_own_checkpoint(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe()
+    assert cli.main(["train", str(path), "train.steps=4"]) == 0
+
+    def crash(*_: object, **__: object) -> None:
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_loop", crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            cli.main(["train", str(path), "--allow-change"])
+    moved = path.parent / "moved" / "r"
+    moved.parent.mkdir()
+    directory(path).rename(moved)
+    path.parent.joinpath("linked").symlink_to(moved.parent)
+    for place in ("moved", "linked"):
+        assert cli.main(["train", str(path), f"run.dir={path.parent}/{place}", "--allow-change"]) == 0
+
+
+def test_a_run_is_not_cut_behind_its_checkpoint(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe()
+    assert cli.main(["train", str(path)]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", str(path), "train.steps=5", "--allow-change"]) == 2
+    assert "stands after step 6, and the recipe ends at step 5; raise train.steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"starts": 3}', '{"starts": [{}]}', '{"starts": [{"after_step": "2"}]}'])
+def test_a_damaged_record_of_starts_is_named(
+    text: str, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe()
+    directory(path).mkdir(parents=True)
+    (directory(path) / "run.json").write_text(text)
+    assert cli.main(["train", str(path)]) == 2
+    assert "run.json: is not the record of a run's starts any more" in capsys.readouterr().err
+
+
+def test_lost_metrics_are_missed(recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe()
+    assert cli.main(["train", str(path)]) == 0
+    (directory(path) / "metrics.jsonl").unlink()
+    assert cli.main(["train", str(path)]) == 0
+    assert "metrics.jsonl is gone" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_job_that_is_started_again_with_the_same_words_does_not_go_back_again(

@@ -114,10 +114,14 @@ def test_too_little_space_is_refused_before_anything_is_written(
     save(tmp_path, 1)
     usage = type(shutil.disk_usage(tmp_path))(2 * 10**9, 10**9, 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"step 2 needs 2\.000 GB and 1\.000 GB are free; make room, or lower"):
+    with pytest.raises(CheckpointError, match=r"step 2 needs 2,001\.0 MB and 1,000\.0 MB are free; make room"):
         commits.make_room(tmp_path, 2, size_bytes=2 * 10**9)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
-    commits.make_room(tmp_path, 2, size_bytes=10**8)
+    writing = commits.make_room(tmp_path, 2, size_bytes=10**8)
+    writing.rmdir()
+    save(tmp_path, 3, keep=9)
+    with pytest.raises(CheckpointError, match=r"delete what you can spare yourself, such as step-00000001$"):
+        commits.make_room(tmp_path, 4, size_bytes=2 * 10**9)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
@@ -212,6 +216,7 @@ def test_only_steps_are_looked_at_and_no_pointer_is_followed(tmp_path: Path) -> 
     (tmp_path / "step-best").mkdir()
     (tmp_path / "step-00000011").write_text("a file")
     (tmp_path / "step-00000012").mkdir()
+    (tmp_path / "step-²").mkdir()
     assert steps_in(tmp_path) == [9, 10]
 
 
@@ -283,6 +288,15 @@ def test_a_sealed_state_that_is_none_is_refused(text: str, tmp_path: Path) -> No
     path = save(tmp_path, 1)
     reseal(path, commits.STATE, text)
     with pytest.raises(CheckpointError, match="is no state of this version"):
+        commits.read_state(path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("step", "9"), ("num_updates", -1), ("step", True), ("curve", [])])
+def test_a_sealed_state_whose_values_make_no_sense_is_refused(field: str, value: object, tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    raw = json.loads((path / commits.STATE).read_text()) | {field: value}
+    reseal(path, commits.STATE, json.dumps(raw))
+    with pytest.raises(CheckpointError, match=rf"is no state of this version: .*{field}"):
         commits.read_state(path)
 
 

@@ -55,6 +55,7 @@ def test_overrides_are_yaml(minimal: Path) -> None:
     [
         ("optim.lrr=1", r"unknown key 'optim\.lrr' \(value 1\); did you mean 'optim\.lr'\?"),
         ("batch.pack_token=1024", r"did you mean 'batch\.pack_tokens'"),
+        ("hub_token=s3cr3tvalue99", r"unknown key 'hub_token' \(value '\*\*\*'\)"),
         ("trian.steps=3", r"unknown key 'trian' .*did you mean 'train'"),
         ("optim.lr=-1", r"optim\.lr=-1: input should be greater than 0"),
         ("optim.lr=.nan", r"optim\.lr=nan"),

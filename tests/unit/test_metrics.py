@@ -196,6 +196,8 @@ class LittleDisk:
 
 def test_a_damaged_line_is_told_and_left_out(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As a power cut leaves it: zeros where a line was. It must not end every resume."""
-    path.write_bytes(b'{"event": "step", "step": 1}\n' + b"\0" * 40 + b'\n{"event": "step", "step": 3}\n')
+    damaged = [b"\0" * 40, b"5", b"{}", b'{"event": "commit"}', b'{"event": "step", "step": "2"}']
+    path.write_bytes(b"\n".join([b'{"event": "step", "step": 1}', *damaged, b'{"event": "step", "step": 3}', b""]))
     assert sorted(read_steps(path)) == [1, 3]
-    assert "1 lines cannot be read, the first is line 2" in caplog.text
+    assert last_commit(path) is None
+    assert "5 lines cannot be read, the first is line 2" in caplog.text
