@@ -116,7 +116,7 @@ def test_when_the_checkpoints_are_gone_the_run_does_not_start_at_step_1(how: str
             shutil.rmtree(checkpoints)
             if how == "it is empty":
                 checkpoints.mkdir()
-        lost = "step 8 was committed and no checkpoint is here"
+        lost = "no checkpoint is here, but metrics.jsonl says that step 8 was committed"
         said = "COMMITTED is missing" if how == "no COMMITTED is left" else lost
         refused = run.requires_refused(run.train(), said)
         run.requires_refused(run.train("--resume-from", "latest"), said)

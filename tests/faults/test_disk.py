@@ -68,7 +68,7 @@ def test_a_disk_with_too_little_space_is_refused_before_a_byte_is_written(engine
     with fault("too little space for the next checkpoint", engine=run.layout) as outcome:
         filler = leave_free(small_disk, 2**20)
         refused = run.requires_refused(
-            run.train(), "the checkpoint of step 10 could not be written", "step 10 needs 0.00", "make room",
+            run.train(), "the checkpoint of step 10 could not be written", "step 10 needs", "MB are free; make room",
             "the checkpoints before it are untouched",
         )  # fmt: skip
         assert_whole(run, 6, 8)
