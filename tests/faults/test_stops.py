@@ -56,7 +56,7 @@ def thrice(first: signal.Signals, later: signal.Signals) -> Act:
 
     def act(run: Run, ranks: Ranks) -> None:
         wait_for_steps(run, ranks, 1)
-        assert not saves(run)
+        ranks.wait_until(lambda: not saves(run))
         ranks.signal(first)
         ranks.wait_until(lambda: saves(run))
         ranks.signal(later)

@@ -60,7 +60,8 @@ def test_a_second_job_is_refused_and_the_first_not_disturbed(engine: str) -> Non
         refused = run.start().wait()
         assert refused.codes == (ConfigError.exit_code, ConfigError.exit_code), "\n".join(refused.said)
         assert "another process is training here" in refused.said[0]
-        assert before < run.last_step() < len(reference.curve()), "the first works on meanwhile"
+        first.wait_until(lambda: run.last_step() > before)
+        assert run.last_step() < len(reference.curve()), "the first works on meanwhile"
         ended = first.wait()
         assert ended.codes == (0, 0), "\n".join(ended.said)
         assert run.attempts == 1
