@@ -1,4 +1,4 @@
-"""What each fault did, printed at the end of the tests and kept in docs/recovery.md."""
+"""What each fault did, printed at the end of the tests and kept in docs/faults.md."""
 
 import contextlib
 import json
