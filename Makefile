@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants bench-data bench-smoke bench-checkpoints faults faults-full soak soak-short wheel clean
+.PHONY: demo test lint mutants bench-data bench-smoke bench-checkpoints faults faults-full soak soak-short slurm wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
@@ -37,6 +37,10 @@ soak-short: $(VENV)/installed
 
 soak: $(VENV)/installed
 	$(BIN)/python tests/faults/soak.py --kills 30
+
+# Real trainings on a SLURM cluster of two nodes that exists only meanwhile: ten minutes. As root, with Debian's packages.
+slurm: $(VENV)/installed
+	tests/slurm/cluster.sh $(BIN)/python -m pytest tests/slurm
 
 bench-data: $(VENV)/installed
 	$(BIN)/python benchmarks/prepare_vs_trl.py

@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_train(verbs: "Verbs") -> None:
-    """train, launch, checkpoints, sync"""
+    """train, launch, submit, checkpoints, status, sync"""
     train = _recipe_verb(
         verbs,
         "train",
@@ -84,19 +84,65 @@ def _add_train(verbs: "Verbs") -> None:
     )
     _add_train_flags(launch)
     launch.add_argument(
-        "--processes", type=_count_from(1), metavar="N", help="processes (default: one per visible GPU, or one)"
+        "--processes",
+        type=_count_from(1),
+        metavar="N",
+        help="processes of this host (default: one per visible GPU, or one)",
+    )
+    launch.add_argument("--hosts", type=_count_from(1), metavar="N", help="hosts, each with this command (default: 1)")
+    launch.add_argument("--host-index", type=_count_from(0), metavar="I", help="this one of them, from 0")
+    launch.add_argument("--main-host", metavar="ADDRESS", help="address of host 0 that every host can reach")
+    launch.add_argument("--port", type=_count_from(1), help="a free port of host 0")
+    launch.add_argument(
+        "--config-file", type=Path, metavar="FILE", help="your own accelerate config (default: accelerate's, if any)"
     )
     launch.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
+
+    _add_submit(verbs)
 
     checkpoints = verbs.add_parser("checkpoints", help="list a run's checkpoints and verify every byte of them")
     checkpoints.add_argument("run", type=Path, help="a run's directory, e.g. runs/clinic")
     checkpoints.set_defaults(verb=_checkpoints)
+
+    status = verbs.add_parser("status", help="how a run stands, from its files alone; the run is not disturbed")
+    status.add_argument(
+        "run", type=Path, nargs="?", default="runs", help="a run's directory, or one that holds runs (default: runs)"
+    )
+    status.add_argument("--ranks", action="store_true", help="show each process, also when nothing is wrong")
+    status.add_argument("--json", action="store_true", help="print JSON: an object for a run, a list for several")
+    status.set_defaults(verb=_status)
 
     sync = verbs.add_parser("sync", help="send a run's metrics to wandb, now or again")
     sync.add_argument("run", type=Path, help="a run's directory, e.g. runs/clinic")
     sync.add_argument("--project", help="default: the recipe's wandb.project")
     sync.add_argument("--mode", choices=("online", "offline"), default="online")
     sync.set_defaults(verb=_sync)
+
+
+def _add_submit(verbs: "Verbs") -> None:
+    text = "prepare, train and evaluate as SLURM jobs, each after the one before"
+    submit = _recipe_verb(verbs, "submit", _submit, text)
+    _add_train_flags(submit)
+    submit.add_argument("--nodes", type=_count_from(1), default=1, metavar="N", help="nodes to train on (default: 1)")
+    text = "GPUs of each node, one process each: a number, or with a type, as h100:8"
+    submit.add_argument("--gpus-per-node", type=_gpus, metavar="N", help=text)
+    submit.add_argument("--processes", type=_count_from(1), metavar="N", help="processes of each node without GPUs")
+    submit.add_argument("--time", metavar="T", help="time limit of one attempt, as 04:00:00")
+    submit.add_argument(
+        "--signal-before",
+        type=_count_from(1),
+        default=120,
+        metavar="S",
+        help="seconds before the time limit at which the run is asked to save (default: 120)",
+    )
+    text = "how often it is queued again (default: the site's, or 20)"
+    submit.add_argument("--max-requeues", type=_count_from(0), metavar="N", help=text)
+    submit.add_argument("--site", type=Path, metavar="FILE", help="settings of the site (default: slurm/site.sh)")
+    text = "more for sbatch, for the training: --sbatch=--mem=0"
+    submit.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=text)
+    submit.add_argument("--no-prepare", action="store_true", help="the data and the model are there")
+    submit.add_argument("--no-evaluate", action="store_true", help="no job that evaluates the model")
+    submit.add_argument("--dry-run", action="store_true", help="print a script that submits the jobs instead")
 
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:
@@ -210,6 +256,14 @@ def _count_from(least: int) -> Callable[[str], int]:
     return count
 
 
+def _gpus(text: str) -> str:
+    """GPUs as sbatch takes them: 8, or h100:8."""
+    kind, _, count = text.rpartition(":")
+    if not count.isdecimal() or (":" in text and not kind):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor, as in h100:8, a type and a number")
+    return text
+
+
 def _recipe_path(name: str) -> Path:
     """A file as it is; otherwise the shipped recipe of that name."""
     from sft_dist import package_files
@@ -219,17 +273,55 @@ def _recipe_path(name: str) -> Path:
     return path if path.is_file() or name not in shipped else shipped[name]
 
 
+def _submit(arguments: argparse.Namespace) -> int:
+    from sft_dist.config import load_recipe
+    from sft_dist.submit import Request, submit
+
+    overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
+    recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
+    request = Request(
+        nodes=arguments.nodes,
+        gpus_per_node=arguments.gpus_per_node,
+        processes=arguments.processes,
+        time=arguments.time,
+        signal_before_s=arguments.signal_before,
+        max_requeues=arguments.max_requeues,
+        site=arguments.site,
+        prepare=not arguments.no_prepare,
+        evaluate=not arguments.no_evaluate,
+        train_options=tuple(arguments.sbatch),
+    )
+    arguments.engine = None  # an override, which prepare and evaluate take as well
+    flags = _train_flags(arguments)
+    return submit(recipe, [arguments.recipe, *overrides], flags, request=request, dry_run=arguments.dry_run)
+
+
 def _launch(arguments: argparse.Namespace) -> int:
     from sft_dist.config import load_recipe
-    from sft_dist.launch import launch
+    from sft_dist.launch import Asked, launch
 
-    recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
-    flags = [flag for flag in ("no_resume", "allow_change", "trust_checkpoint", "profile") if getattr(arguments, flag)]
-    words = [arguments.recipe, *arguments.overrides, *(f"--{flag.replace('_', '-')}" for flag in flags)]
-    for flag in ("engine", "resume_from"):
-        if (value := getattr(arguments, flag)) is not None:
-            words += [f"--{flag.replace('_', '-')}", value]
-    return launch(recipe, words, num_processes=arguments.processes, dry_run=arguments.dry_run)
+    overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
+    recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
+    words = [arguments.recipe, *arguments.overrides, *_train_flags(arguments)]
+    asked = Asked(
+        arguments.processes,
+        arguments.hosts,
+        arguments.host_index,
+        arguments.main_host,
+        arguments.port,
+        arguments.config_file,
+    )
+    return launch(recipe, words, asked=asked, dry_run=arguments.dry_run)
+
+
+def _train_flags(arguments: argparse.Namespace) -> list[str]:
+    """The flags of train that were given, to be handed on."""
+    names = ("no_resume", "allow_change", "trust_checkpoint", "profile")
+    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+    for name in ("engine", "resume_from"):
+        if (value := getattr(arguments, name)) is not None:
+            flags += [f"--{name.replace('_', '-')}", value]
+    return flags
 
 
 def _sync(arguments: argparse.Namespace) -> int:
@@ -242,7 +334,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from sft_dist.world import report_exit, stop_when_orphaned
+    from sft_dist.world import read_world, report_exit, stop_when_orphaned
 
     stop_when_orphaned()
     from sft_dist.config import load_recipe
@@ -250,6 +342,7 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
     recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
 
+    from sft_dist.affinity import keep_near_gpu
     from sft_dist.console import make_console, nobody_need_listen
     from sft_dist.engine.collectives import leave_process_group
     from sft_dist.job import ResumeOptions
@@ -263,6 +356,7 @@ def _train(arguments: argparse.Namespace) -> int:
     )
     with nobody_need_listen(sys.stdout):
         try:
+            keep_near_gpu(read_world().local_rank)
             result = run(recipe, console=make_console(), resume=resume, profile=arguments.profile)
         except SftDistError as error:
             _say(error)  # before the group is left, which may take long when a peer has died
@@ -301,6 +395,24 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
         table.add_row(found.path.name, f"{found.size_bytes / 1e6:,.1f} MB", *numbers, found.verdict)
     make_console().print(table, markup=False, highlight=False)
     return 0 if all_good else 1
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from sft_dist.console import make_console
+    from sft_dist.status import is_run, read_statuses, runs_at
+    from sft_dist.status_report import print_status, print_statuses, to_json
+
+    statuses = read_statuses(runs_at(arguments.run))
+    if is_run(arguments.run):
+        if arguments.json:
+            print(to_json(statuses[0]))
+        else:
+            print_status(statuses[0], make_console(), with_ranks=arguments.ranks)
+    elif arguments.json:
+        print(to_json(statuses))
+    else:
+        print_statuses(statuses, make_console())
+    return 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

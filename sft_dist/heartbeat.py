@@ -11,6 +11,9 @@ from pathlib import Path
 BEAT_S = 1.0
 """Seconds between two beats."""
 
+DEAD_AFTER_S = 10.0
+"""A process on another host that has not beaten for so long is silent."""
+
 RUNNING, LEFT, FINISHED = "running", "left", "finished"
 NOBODY = -1
 
@@ -22,18 +25,23 @@ class Heartbeat:
     """What one process last said about itself."""
 
     rank: int
+    world_size: int
     host: str
     pid: int
     pid_namespace: str
     """Boot id and pid namespace: only within it does the pid mean this process. Empty where /proc does not say."""
     started: int
     """Clock ticks from boot to the start of the process: tells it from a later one with the same pid."""
+    began: float
+    """Unix time when it joined the run."""
     beat: int
     step: int
     """The last step begun; 0 before the first."""
     phase: str
     idle_s: float
     """Seconds without progress of the main thread when this was written."""
+    forward_s: float
+    """Seconds a step in its own forward passes, mean of the newest steps; 0 before there are enough."""
     state: str
     """"running", "left" (with a reason) or "finished"."""
     reason: str
@@ -57,26 +65,29 @@ def path_of(directory: Path, rank: int) -> Path:
     return directory / f"rank-{rank:05d}.json"
 
 
-def first_heartbeat(rank: int, host: str) -> Heartbeat:
+def first_heartbeat(rank: int, host: str, *, world_size: int = 1) -> Heartbeat:
     """This process before its first beat."""
-    pid = os.getpid()
+    pid, now = os.getpid(), time.time()
     status = _stat_of(pid)
     return Heartbeat(
         rank=rank,
+        world_size=world_size,
         host=host,
         pid=pid,
         pid_namespace=_pid_namespace(),
         started=status[1] if status else 0,
+        began=now,
         beat=0,
         step=0,
         phase="start",
         idle_s=0.0,
+        forward_s=0.0,
         state=RUNNING,
         reason="",
         blamed=NOBODY,
         where="",
         waits=False,
-        time=time.time(),
+        time=now,
     )
 
 

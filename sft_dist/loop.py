@@ -17,6 +17,7 @@ from sft_dist.engine.collectives import gather_texts, sum_over_ranks
 from sft_dist.engine.interface import Engine
 from sft_dist.errors import NotFiniteError
 from sft_dist.evaluate import HeldOutSet
+from sft_dist.forward_time import ForwardTime
 from sft_dist.guard import reason_to_withhold
 from sft_dist.metrics import CommitMetrics, HeldOutMetrics, step_metrics
 from sft_dist.optim import lr_at
@@ -46,6 +47,7 @@ def train_loop(
     profiler: "torch.profiler.profile | None" = None,
 ) -> RunState:
     """Train until the last step or a stop request; the state it returns is committed."""
+    forward_time = ForwardTime(engine.device)
     started = time.perf_counter()
     for batch in steps:
         shares = []
@@ -53,13 +55,15 @@ def train_loop(
             watchdog.progress(step=batch.step, phase=f"micro-batch {index + 1} of {len(batch.micros)}")
             seed_forward(recipe.run.seed, batch.step, engine.world.rank, index)
             with engine.accumulate(is_last=micro.is_last):
-                share = engine(micro)  # this rank's share of the global loss: weights are final
+                with forward_time.measured():
+                    share = engine(micro)  # this rank's share of the global loss: weights are final
                 engine.backward(share)
             shares.append(share.detach().double())
         asked = stop_requested(stop, recipe, engine.world)
         told = torch.tensor([asked, *saver.flags()], dtype=torch.float64, device=engine.device)
         # The one reduction of a step besides the gradients': its loss, who was asked to stop, who has saved.
         loss, num_asked, *saved = sum_over_ranks(torch.cat([torch.stack(shares).sum()[None], told])).tolist()
+        watchdog.progress(forward_s=forward_time.end_step())
         withheld = reason_to_withhold(loss, state.recent_losses, spike_guard=recipe.train.spike_guard)
         lr = lr_at(batch.step, optim=recipe.optim, num_steps=num_steps)
         result = engine.step(lr=lr, withhold=withheld is not None)

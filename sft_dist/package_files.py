@@ -1,4 +1,4 @@
-"""Recipes, DeepSpeed and accelerate files that come with the package, in a checkout and in an installed wheel."""
+"""Recipes, DeepSpeed and accelerate files and batch scripts that come with the package, checkout or wheel."""
 
 import importlib.metadata
 import platform
@@ -10,8 +10,16 @@ from sft_dist import __version__
 from sft_dist.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent
-# A wheel carries configs/ inside the package; a checkout keeps it at the top, where people look.
-CONFIGS = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
+
+
+def _shipped(folder: str) -> Path:
+    """A wheel carries it inside the package; a checkout keeps it at the top, where people look."""
+    inside = _PACKAGE / folder
+    return inside if inside.is_dir() else _PACKAGE.parent / folder
+
+
+CONFIGS = _shipped("configs")
+SLURM = _shipped("slurm")
 
 
 def find(name: str) -> Path:

@@ -34,19 +34,31 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def record_start(
-    run_dir: Path, state: RunState, *, came_from: Path | None, asked: str | None, changed: list[str], config: str
+    run_dir: Path,
+    state: RunState,
+    *,
+    num_steps: int,
+    came_from: Path | None,
+    asked: str | None,
+    changed: list[str],
+    config: str,
+    earlier_reason: str = "",
 ) -> tuple[int, bool]:
     """Add a start, beside the resolved recipe `config`. Returns its attempt, from 1, and whether a new curve begins.
 
-    came_from: the checkpoint. asked: what --resume-from said. A new curve begins where the settings that decide it are
-    not those of the start before.
+    num_steps: of the whole run. came_from: the checkpoint. asked: what --resume-from said. earlier_reason: why the
+    start before could not go on, if it was not stopped on request. A new curve begins where the settings that decide it
+    are not those of the start before.
     """
     starts, curve = read_starts(run_dir), curve_digest(state)
+    if starts:
+        starts[-1]["ended"] = _stopped_by(run_dir) or earlier_reason or None
     start = {
         "attempt": len(starts) + 1,
         "time": _now(),
         "host": socket.gethostname(),
         "after_step": state.step,
+        "num_steps": num_steps,
         "from": _noted(came_from, run_dir) if came_from else None,
         "asked": asked,
         "curve": curve,
@@ -70,6 +82,15 @@ def record_end(run_dir: Path, *, interrupted_after: int | None, reason: str) -> 
     (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 
+def read_interrupted(run_dir: Path) -> dict[str, Any] | None:
+    """After which step the run stopped on request, why and when; None when it did not, or has gone on."""
+    try:
+        note: dict[str, Any] = json.loads((run_dir / INTERRUPTED).read_text(encoding="utf-8"))
+        return note if {"step", "reason", "time"} <= note.keys() else None
+    except (OSError, ValueError, AttributeError):  # not there, or not written by a run
+        return None
+
+
 def _noted(checkpoint: Path, run_dir: Path) -> str:
     """The name of a checkpoint of the run itself, which may be moved; the whole path of another's."""
     own = checkpoint.resolve().parent == (run_dir / CHECKPOINTS).resolve()
@@ -80,6 +101,11 @@ def curve_digest(state: RunState) -> str:
     """16 hex digits over what decides the curve."""
     decides = json.dumps([state.curve, [asdict(segment) for segment in state.segments]], sort_keys=True)
     return xxhash.xxh3_64_hexdigest(decides.encode())
+
+
+def _stopped_by(run_dir: Path) -> str:
+    note = read_interrupted(run_dir)
+    return f"stopped on request after step {note['step']} ({note['reason']})" if note else ""
 
 
 def _now() -> str:

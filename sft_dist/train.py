@@ -49,7 +49,7 @@ from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL
 from sft_dist.run_record import record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
-from sft_dist.world import StopRequest
+from sft_dist.world import StopRequest, report_at_work
 
 logger = logging.getLogger(__name__)
 
@@ -147,10 +147,12 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
         return record_start(
             recipe.run.path,
             state,
+            num_steps=job.schedule.num_steps,
             came_from=continuation.path if continuation else None,
             asked=job.resume.start,
             changed=[*changes.curve, *changes.other] if changes else [],
             config=recipe.to_yaml(),
+            earlier_reason=watchdog.earlier_reason,
         )
 
     attempt, is_new_curve = on_main(record, world=world, device=job.device) or (0, False)
@@ -191,6 +193,7 @@ def _only_run_in(directory: Path, job: Job) -> Iterator[None]:
             ) from None
 
     on_main(acquire, world=job.world, device=job.device)
+    report_at_work()
     try:
         yield
     finally:

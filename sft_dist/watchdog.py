@@ -63,6 +63,7 @@ class Watchdog:
 
     dead_after_s: a peer on another host without a beat for so long is lost, if this rank waits as long.
     timeout_s: no progress on any rank for so long is a hang.
+    earlier_reason: on rank 0, why the start before could not go on, where its processes could say it.
     on_hang: writes what else may explain one; it gets a few seconds.
     With an error on its way out of the `with` block, the process has LEAVE_S to end before it is ended: use it where
     the process ends with the run.
@@ -74,15 +75,17 @@ class Watchdog:
         world: World,
         *,
         timeout_s: float,
-        dead_after_s: float = 10.0,
+        dead_after_s: float = heartbeat.DEAD_AFTER_S,
         on_hang: Callable[[], None] | None = None,
     ) -> None:
         self.world, self.timeout_s, self.dead_after_s = world, timeout_s, dead_after_s
         self._run_dir, self._directory, self._on_hang = run_dir, run_dir / HEARTBEATS, on_hang
-        self._own = heartbeat.first_heartbeat(world.rank, socket.gethostname())
+        self._own = heartbeat.first_heartbeat(world.rank, socket.gethostname(), world_size=world.size)
         self._step, self._phase, self._progress_at = 0, self._own.phase, time.monotonic()
+        self._forward_s = 0.0
         self._peers: dict[int, _Peer] = {}
         self._own_lock = threading.Lock()
+        self.earlier_reason = ""
         self._unhurried = False
         self._watches = self._explains = self._is_hanging = self._write_failed = self._said_unwritten = False
         self._loss: Loss | None = None
@@ -100,8 +103,10 @@ class Watchdog:
             self._log = os.open(log_path(self._run_dir, self.world.rank), flags, 0o666)
         # An older run's file must not speak for this process when the disk has no room for its own.
         with contextlib.suppress(OSError):
+            earlier = heartbeat.read_all(self._directory) if self.world.is_main else []
+            self.earlier_reason = next((old.reason for old in earlier if old.reason), "")
             heartbeat.remove(self._directory, self.world.rank)
-            for old in heartbeat.read_all(self._directory) if self.world.is_main else []:
+            for old in earlier:
                 if old.rank >= self.world.size:
                     heartbeat.remove(self._directory, old.rank)
         self._beat()
@@ -134,12 +139,14 @@ class Watchdog:
         self._watches = self.world.size > 1
         self._wake.set()
 
-    def progress(self, *, step: int | None = None, phase: str | None = None) -> None:
+    def progress(self, *, step: int | None = None, phase: str | None = None, forward_s: float | None = None) -> None:
         """The main thread gets on. Cheap: call it wherever a long time may pass until the next call."""
         if step is not None:
             self._step = step
         if phase is not None:
             self._phase = phase
+        if forward_s is not None:
+            self._forward_s = forward_s
         self._progress_at = time.monotonic()
 
     @contextlib.contextmanager
@@ -244,6 +251,7 @@ class Watchdog:
             step=self._step,
             phase=self._phase,
             idle_s=round(started - self._progress_at, 1),
+            forward_s=round(self._forward_s, 6),
             time=time.time(),
         )
         try:

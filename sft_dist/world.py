@@ -19,6 +19,9 @@ from sft_dist.errors import ConfigError
 EXIT_CODES = "SFT_DIST_EXIT_CODES"
 """Environment: a directory in which each rank leaves its exit code for `sft-dist launch`."""
 
+AT_WORK = "at-work"
+"""Beside that directory: there once the run holds the lock of its own directory."""
+
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -166,6 +169,14 @@ def _is_accelerate(pid: int) -> bool:
     except OSError:  # no /proc, or the parent has gone
         return False
     return any(Path(word).name == "accelerate" or word.startswith("accelerate.commands") for word in words[:4])
+
+
+def report_at_work(environ: Mapping[str, str] = os.environ) -> None:
+    """Tell `sft-dist launch` that the run's directory is this run's: a stop file made there from now on stops it."""
+    directory = environ.get(EXIT_CODES)
+    if directory:
+        with contextlib.suppress(OSError):  # the launcher has gone, and its directory with it
+            Path(directory).with_name(AT_WORK).touch()
 
 
 def report_exit(code: int, environ: Mapping[str, str] = os.environ) -> None:

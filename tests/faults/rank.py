@@ -6,6 +6,7 @@ The plan holds any of
     hang_at       step: never returns from there
     raise_at      step: the model's forward raises
     slow_step_s   each step takes so much longer
+    slow_forward_s  each forward pass takes so much longer
     slow_write_s  each rank file takes so much longer
     no_small_data the tokeniser processes are used for the smallest data
     grace_s       so long a rank waits for data that nobody prepares
@@ -117,6 +118,7 @@ def disturb_steps(plan: Mapping[str, Any]) -> None:
     def raising(self: PackedModel, *arguments: Any, **settings: Any) -> Any:
         if at["step"] == plan.get("raise_at"):
             raise IndexError("index out of range in self")
+        time.sleep(plan.get("slow_forward_s", 0))
         return forward(self, *arguments, **settings)
 
     loop.seed_forward, PackedModel.forward = disturbed, raising  # type: ignore[method-assign]

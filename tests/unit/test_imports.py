@@ -15,6 +15,8 @@ PACKAGE = ROOT / "sft_dist"
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
 errors redact run_files config console durable package_files quiet world
+machine accelerate_config engine_choice
+submit
 commits run_record heartbeat rank_log hang watchdog
 demo.formulas demo.templates demo.dataset demo.model
 data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
@@ -22,6 +24,7 @@ data.tokenizer_files data.template data.masks data.encoder data.control_tokens d
 data.store data.build data.prepare
 data.draws data.schedule data.steps
 data.shown
+status status_report
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
 -- torch below this line
@@ -32,9 +35,9 @@ optim guard
 checkpoint
 generate evaluate scoring
 metrics wandb_process trackers wandb_sync
-oom job banner profiling
+oom job banner profiling forward_time
 loop
-train measure launch
+affinity train measure launch
 demo_run
 """.splitlines()
 MODULES = [module for line in ORDER if not line.startswith("--") for module in line.split()]

@@ -35,7 +35,8 @@ run_dir, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 heartbeat.BEAT_S, watchdog.GRACE_S, watchdog.LEAVE_S = 0.2, 0.4, 0.6
 def elsewhere():
     first = watchdog.heartbeat.first_heartbeat
-    heartbeat.first_heartbeat = lambda rank, host: replace(first(rank, "far"), pid_namespace="another boot")
+    there = {"host": "far", "pid_namespace": "another boot"}
+    heartbeat.first_heartbeat = lambda *own, **more: replace(first(*own, **more), **there)
 def together():
     while sum(found.host != "old" for found in heartbeat.read_all(run_dir / "heartbeats")) < size:
         time.sleep(0.01)
@@ -456,3 +457,23 @@ with Watchdog(Path({str(tmp_path)!r}), world, timeout_s=60) as dog:
 
 def test_the_error_has_the_exit_code_of_a_lost_rank() -> None:
     assert RankLostError.exit_code == 5
+
+
+def test_a_beat_tells_how_long_the_rank_computes_by_itself(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, World(), timeout_s=60) as dog:
+        dog.progress(forward_s=0.25)
+        dog.progress(step=2)
+    found = heartbeat.read(tmp_path / "heartbeats", 0)
+    assert found is not None
+    assert (found.forward_s, found.world_size) == (0.25, 1)
+
+
+def test_what_the_processes_of_the_start_before_said_is_kept_for_the_record(tmp_path: Path) -> None:
+    directory = tmp_path / "heartbeats"
+    directory.mkdir()
+    for rank, reason in enumerate(("", "rank 0 died", "rank 0 died")):
+        heartbeat.write(directory, replace(heartbeat.first_heartbeat(rank, "old"), reason=reason))
+    with Watchdog(tmp_path, World(), timeout_s=60) as dog:
+        assert dog.earlier_reason == "rank 0 died"
+    with Watchdog(tmp_path, World(), timeout_s=60) as dog:
+        assert dog.earlier_reason == ""
