@@ -273,12 +273,16 @@ def _recipe_path(name: str) -> Path:
     return path if path.is_file() or name not in shipped else shipped[name]
 
 
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """Those of the command line, and what a flag is a shorthand for."""
+    return [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     from sft_dist.config import load_recipe
     from sft_dist.submit import Request, submit
 
-    overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
-    recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
+    recipe = load_recipe(_recipe_path(arguments.recipe), _overrides(arguments))
     request = Request(
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node,
@@ -291,17 +295,16 @@ def _submit(arguments: argparse.Namespace) -> int:
         evaluate=not arguments.no_evaluate,
         train_options=tuple(arguments.sbatch),
     )
+    words = [arguments.recipe, *_overrides(arguments)]
     arguments.engine = None  # an override, which prepare and evaluate take as well
-    flags = _train_flags(arguments)
-    return submit(recipe, [arguments.recipe, *overrides], flags, request=request, dry_run=arguments.dry_run)
+    return submit(recipe, words, _train_flags(arguments), request=request, dry_run=arguments.dry_run)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     from sft_dist.config import load_recipe
     from sft_dist.launch import Asked, launch
 
-    overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
-    recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
+    recipe = load_recipe(_recipe_path(arguments.recipe), _overrides(arguments))
     words = [arguments.recipe, *arguments.overrides, *_train_flags(arguments)]
     asked = Asked(
         arguments.processes,
@@ -339,8 +342,7 @@ def _train(arguments: argparse.Namespace) -> int:
     stop_when_orphaned()
     from sft_dist.config import load_recipe
 
-    overrides = [*arguments.overrides, *([f"train.engine={arguments.engine}"] if arguments.engine else [])]
-    recipe = load_recipe(_recipe_path(arguments.recipe), overrides)
+    recipe = load_recipe(_recipe_path(arguments.recipe), _overrides(arguments))
 
     from sft_dist.affinity import keep_near_gpu
     from sft_dist.console import make_console, nobody_need_listen

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from sft_dist import package_files
 
@@ -92,6 +93,27 @@ def write_chats(path: Path, *, num_examples: int, seed: int, longest: int = 1000
     rows = [{"messages": [{"role": role, "content": content} for role, content in row]} for row in turns]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return pairs
+
+
+def write_recipe(
+    directory: Path, model: Path | str, *, name: str = "r", num_examples: int = 40, **sections: dict[str, Any]
+) -> Path:
+    """<name>.yaml of three steps over chats beside it, made if need be. sections: merged over what it says."""
+    chats = directory / "train.jsonl"
+    if not chats.exists():
+        write_chats(chats, num_examples=num_examples, seed=0, longest=60)
+    recipe: dict[str, dict[str, Any]] = {
+        "run": {"name": name, "dir": str(directory / "runs")},
+        "model": {"path": str(model)},
+        "data": {"train": str(chats), "max_tokens": 128},
+        "batch": {"examples": 8},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 3},
+    }
+    merged = {key: values | sections.pop(key, {}) for key, values in recipe.items()} | sections
+    path = directory / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(merged))
+    return path
 
 
 def write_zero_file(directory: Path, engine: str) -> Path:

@@ -12,18 +12,7 @@ from tests import tiny
 
 @pytest.fixture
 def recipe(tmp_path: Path, tied_model: Path) -> Path:
-    tiny.write_chats(tmp_path / "train.jsonl", num_examples=12, seed=0, longest=40)
-    raw = {
-        "run": {"name": "r", "dir": str(tmp_path / "runs")},
-        "model": {"path": str(tied_model)},
-        "data": {"train": str(tmp_path / "train.jsonl")},
-        "batch": {"examples": 4},
-        "optim": {"lr": 1e-3},
-        "train": {"steps": 1},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
+    return tiny.write_recipe(tmp_path, tied_model, num_examples=12, batch={"examples": 4}, train={"steps": 1})
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from sft_dist import cli
 from sft_dist.metrics import read_lines
@@ -19,28 +18,17 @@ from tests.unit import hub_server
 ROOT = Path(__file__).parents[2]
 
 
-def write_recipe(directory: Path, model: str, **data: Any) -> Path:
-    tiny.write_chats(directory / "train.jsonl", num_examples=12, seed=0, longest=40)
-    raw = {
-        "run": {"name": "r", "dir": str(directory / "runs")},
-        "model": {"path": model},
-        "data": {"train": str(directory / "train.jsonl"), **data},
-        "batch": {"examples": 4},
-        "optim": {"lr": 1e-2},
-        "train": {"steps": 3},
-    }
-    path = directory / "recipe.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
+def write_recipe(directory: Path, model: Path | str, **data: Any) -> Path:
+    return tiny.write_recipe(directory, model, num_examples=12, data=data, batch={"examples": 4}, optim={"lr": 1e-2})
 
 
-@pytest.mark.parametrize("held_out", [{"held_out_share": 0.3}, {"held_out": "{}/other.jsonl"}])
+@pytest.mark.parametrize("held_out", [{"held_out_share": 0.5}, {"held_out": "{}/other.jsonl"}])
 def test_a_finished_model_has_the_loss_that_the_run_ended_with(
     held_out: dict[str, Any], tmp_path: Path, tied_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.write_chats(tmp_path / "other.jsonl", num_examples=5, seed=1, longest=30)
     held_out = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in held_out.items()}
-    recipe = write_recipe(tmp_path, str(tied_model), **held_out)
+    recipe = write_recipe(tmp_path, tied_model, **held_out)
     assert cli.main(["evaluate", str(recipe)]) == 2
     assert "exports its model when its last step is done" in capsys.readouterr().err
     assert cli.main(["train", str(recipe)]) == 0
@@ -56,7 +44,7 @@ def test_a_finished_model_has_the_loss_that_the_run_ended_with(
 
 
 def test_evaluate_needs_held_out_data(tmp_path: Path, tied_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, str(tied_model))
+    recipe = write_recipe(tmp_path, tied_model)
     (tmp_path / "runs" / "r" / "model").mkdir(parents=True)
     assert cli.main(["evaluate", str(recipe)]) == 2
     assert "nothing is held out: set data.held_out" in capsys.readouterr().err
@@ -95,7 +83,7 @@ def test_a_model_without_safetensors_is_not_fetched(
     for file in tied_model.iterdir():
         if file.suffix != ".safetensors":
             (bare / file.name).write_bytes(file.read_bytes())
-    recipe = write_recipe(tmp_path, str(bare))
+    recipe = write_recipe(tmp_path, bare)
     assert cli.main(["prepare", str(recipe), "--with-model"]) == 2
     assert f"{bare}: no *.safetensors" in capsys.readouterr().err
 

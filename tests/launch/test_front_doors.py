@@ -23,22 +23,7 @@ NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 
 @pytest.fixture
 def recipe(tmp_path: Path, tied_model: Path) -> Callable[..., Path]:
-    tiny.write_chats(tmp_path / "train.jsonl", num_examples=40, seed=0, longest=60)
-
-    def write(name: str, **train: object) -> Path:
-        raw = {
-            "run": {"name": name, "dir": str(tmp_path / "runs")},
-            "model": {"path": str(tied_model)},
-            "data": {"train": str(tmp_path / "train.jsonl"), "max_tokens": 128},
-            "batch": {"examples": 8},
-            "optim": {"lr": 1e-3},
-            "train": {"steps": 3} | train,
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(raw))
-        return path
-
-    return write
+    return lambda name, **train: tiny.write_recipe(tmp_path, tied_model, name=name, train=train)
 
 
 def start(*command: str, **environ: str) -> "subprocess.Popen[str]":

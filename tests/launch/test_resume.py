@@ -18,20 +18,9 @@ from tests import tiny
 
 @pytest.fixture
 def recipe(tmp_path: Path, tied_model: Path) -> Callable[..., Path]:
-    tiny.write_chats(tmp_path / "train.jsonl", num_examples=40, seed=0, longest=60)
-
     def write(name: str = "r", **train: object) -> Path:
-        raw = {
-            "run": {"name": name, "dir": str(tmp_path / "runs")},
-            "model": {"path": str(tied_model)},
-            "data": {"train": str(tmp_path / "train.jsonl"), "max_tokens": 128},
-            "batch": {"examples": 8},
-            "optim": {"lr": 1e-3, "schedule": "constant"},
-            "train": {"steps": 6, "save_every": 2, "keep_checkpoints": 9} | train,
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(raw))
-        return path
+        often = {"steps": 6, "save_every": 2, "keep_checkpoints": 9} | train
+        return tiny.write_recipe(tmp_path, tied_model, name=name, optim={"schedule": "constant"}, train=often)
 
     return write
 

@@ -18,22 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def recipe(tmp_path: Path, tied_model: Path) -> Callable[[str], Path]:
-    tiny.write_chats(tmp_path / "train.jsonl", num_examples=40, seed=0, longest=60)
-
-    def write(name: str) -> Path:
-        raw = {
-            "run": {"name": name, "dir": str(tmp_path / "runs")},
-            "model": {"path": str(tied_model)},
-            "data": {"train": str(tmp_path / "train.jsonl"), "max_tokens": 128},
-            "batch": {"examples": 8},
-            "optim": {"lr": 1e-3},
-            "train": {"steps": 3},
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(raw))
-        return path
-
-    return write
+    return lambda name: tiny.write_recipe(tmp_path, tied_model, name=name)
 
 
 def run(*command: str | Path, directory: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
