@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The part of one node, started by srun: node.sh JOB_DIR COMMAND...
 # Caches go to the node's own disk, and away at the end. JOB_DIR, on a disk that all nodes share, gets `asked` when SLURM
-# asks this node to stop, and the command's exit code: of several, srun returns the highest, not the first.
+# asks this node to stop, and the command's exit code: of several, srun returns the highest, not the first. None: `-`.
 set -euo pipefail
 
 job_dir=$1
@@ -19,12 +19,13 @@ export TRITON_CACHE_DIR=$local_dir/triton TORCHINDUCTOR_CACHE_DIR=$local_dir/ind
 export TORCH_EXTENSIONS_DIR=$local_dir/extensions CUDA_CACHE_PATH=$local_dir/cuda
 
 # A preempted job's steps get this, and its batch script nothing.
-trap 'touch "$job_dir/asked"' TERM USR1 INT
+trap 'note asked yes' TERM USR1 INT
+note() { [[ $job_dir == - ]] || echo "$2" >"$job_dir/$1"; }
 
 "${command[@]}" &
 # Not `wait`: it returns at a signal, before the command has ended.
 while [[ -n $(jobs -pr) ]]; do sleep 0.5; done
 code=0
 wait $! || code=$?
-echo "$code" >"$job_dir/code-$SLURM_NODEID"
+note "code-$SLURM_NODEID" "$code"
 exit "$code"

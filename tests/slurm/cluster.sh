@@ -157,6 +157,7 @@ start_daemons() {
 start_node() {
     setsid nsenter --net="/run/netns/$1" unshare --uts \
         bash -c "hostname $(name_of "$1") && exec slurmd -D -f $SLURM_CONF -N $(name_of "$1")" &>/dev/null </dev/null &
+    disown # the end of a node is nothing to talk of
 }
 
 wait_until_idle() {

@@ -1,11 +1,12 @@
 """Batch jobs of the project's own scripts on the throwaway cluster, and the runs that they train."""
 
+import contextlib
 import functools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -130,6 +131,21 @@ def environment() -> dict[str, str]:
         "CC": "/bin/false",
         "CXX": "/bin/false",
     }
+
+
+@contextlib.contextmanager
+def reconfigured(key: str, value: object) -> Iterator[None]:
+    """The cluster with one setting changed."""
+    path = Path(os.environ["SLURM_CONF"])
+    settings = path.read_text()
+    others = [line for line in settings.splitlines() if not line.startswith(f"{key}=")]
+    path.write_text("\n".join([*others, f"{key}={value}"]) + "\n")
+    ask("scontrol", "reconfigure")
+    try:
+        yield
+    finally:
+        path.write_text(settings)
+        ask("scontrol", "reconfigure")
 
 
 def train(run: Run, *, settings: tuple[str, ...] = (), options: tuple[str, ...] = NODES) -> Job:
