@@ -3,12 +3,13 @@
 What they do on a cluster, tests/slurm shows.
 """
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,9 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
-    """Starts a batch script as SLURM does: a copy of it, the log for its output."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a batch script as SLURM does: a copy of it, the log for its output. Leftovers are killed."""
+    started: list[subprocess.Popen[str]] = []
     notes, commands = tmp_path / "notes", tmp_path / "bin"
     notes.mkdir()
     commands.mkdir()
@@ -81,16 +83,23 @@ def start(tmp_path: Path) -> Start:
             "BODY": "true",
         }
         with (tmp_path / "log").open("a") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 ["bash", str(copy), *words],
                 cwd=tmp_path,
                 env=of_slurm | settings | environ,
                 stdout=log,
                 stderr=log,
                 text=True,
+                start_new_session=True,
             )
+        started.append(process)
+        return process
 
-    return start_script
+    yield start_script
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=10)
 
 
 def log_of(directory: Path) -> str:
