@@ -28,7 +28,11 @@ class Launched:
         settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | NO_COMPILER
         with log.open("w") as out:  # not a pipe: whoever outlives the launcher would hold it open
             self.process = subprocess.Popen(
-                [str(BIN / command[0]), *command[1:]], env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT
+                [str(BIN / command[0]), *command[1:]],
+                env=os.environ | settings,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_heed_interrupts,
             )
         self.parents: dict[int, int] = {}
 
@@ -93,6 +97,11 @@ def listening(pids: set[int]) -> set[str]:
             if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
                 addresses.add(words[1].split(":")[0])
     return addresses
+
+
+def _heed_interrupts() -> None:
+    """As in a terminal: what a script starts behind itself ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _read(pid: int, name: str) -> bytes:
