@@ -69,6 +69,8 @@ TEXTS = st.one_of(
 @given(st.sampled_from([QWEN, LLAMA]), TEXTS)
 @example(QWEN, "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)])))
 @example(LLAMA, "".join(f"a{chr(i)}'{chr(i)}1 {chr(i)}\n" for i in range(0x3400)))
+@example(QWEN, "the   patient in  the  ward")
+@example(LLAMA, "the   patient in  the  ward")
 def test_tokens_are_those_of_the_library(pair: Pair, split: str, text: str) -> None:
     ours, theirs = pair(split)
     ids = theirs.encode(text, add_special_tokens=False).ids
