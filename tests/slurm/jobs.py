@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -20,8 +22,8 @@ PATIENCE_S = 150.0
 """How long anything may take on a machine that does much else."""
 
 STEPS, SAVE_EVERY = 120, 20
-LONG = 320
-"""Steps for more than the half minute that may pass until SLURM looks at time limits."""
+LONG_S = 36.0
+"""Seconds of steps that SLURM, which looks at time limits each half minute, cannot miss."""
 NODES = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=8")
 """Two nodes with two processes each, one for each GPU that SLURM gives; no other job beside them."""
 
@@ -188,11 +190,18 @@ def undisturbed() -> Run:
 
 
 @functools.cache
+def long_steps() -> int:
+    """Steps that take LONG_S on this machine."""
+    seconds = [float(line["seconds"]) for line in undisturbed().step_lines()]
+    return max(STEPS, math.ceil(LONG_S / statistics.median(seconds)))
+
+
+@functools.cache
 def undisturbed_on_one_node() -> Run:
     """A longer one, by the same file with as many processes on one node, none of which has a GPU."""
-    run = new_run("one-node", steps=LONG)
+    run = new_run("one-node", steps=long_steps())
     job = train(run, settings=("SFT_DIST_PROCESSES=4",), options=("--nodes=1", "--cpus-per-task=8"))
     job.wait_for("COMPLETED")
     assert "1 nodes" in job.said()[0]
-    assert len(list(run.step_lines())) == LONG
+    assert len(list(run.step_lines())) == long_steps()
     return run

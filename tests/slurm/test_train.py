@@ -16,11 +16,11 @@ from tests.faults.runs import Run
 from tests.slurm.conftest import Scenario
 from tests.slurm.jobs import (
     CLUSTER_SH,
-    LONG,
     NODES,
     SAVE_EVERY,
     Job,
     ask,
+    long_steps,
     new_run,
     reconfigured,
     train,
@@ -118,7 +118,7 @@ def test_the_same_file_on_one_node(scenario: Scenario) -> None:
 
 def test_a_time_limit(scenario: Scenario) -> None:
     with scenario("`--time=1 --signal=B:USR1@30`, two nodes") as outcome:
-        run = new_run("limit", steps=LONG)
+        run = new_run("limit", steps=long_steps())
         job = train(run, options=(*NODES, "--time=1", "--signal=B:USR1@30"))
         seconds = job.wait_until_queued_again()
         is_saved(run, job)
