@@ -1,6 +1,8 @@
 """What is about to be trained, on what and how: said once, before step 1."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
+from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
@@ -8,11 +10,16 @@ from rich.text import Text
 
 from sft_dist import __version__
 from sft_dist.checkpoint import Continuation
+from sft_dist.data.conversation import Origin
 from sft_dist.data.draws import count_shared_prompts
+from sft_dist.data.schedule import CostModel, Schedule, dominated_steps, global_batches
 from sft_dist.job import Job
 from sft_dist.model.load import PackedModel, dropout_rates
 from sft_dist.model.verify import Agreement
 from sft_dist.redact import redacted
+
+# Steps that are laid out to say how even they are.
+NUM_STEPS_LAID_OUT = 8
 
 
 def show_banner(
@@ -37,7 +44,7 @@ def show_banner(
         "model": f"{type(model.causal_lm).__name__}, {model.num_parameters / 1e6:,.2f} M parameters, "
         f"{recipe.model.path}",
         "compute": f"{_name(job.dtype)} on {job.device.type}, fp32 master weights, attention {attention}, "
-        f"checkpointing {recipe.model.checkpointing}",
+        f"checkpointing {recipe.model.checkpointing}{', compiled layers' if model.compiled is not None else ''}",
         "engine": f"{job.engine_name} on {job.world.size} process{'es' * (job.world.size > 1)}",
         "data": f"{len(job.store):,} examples, {tokens:,} tokens, {trained / tokens:.1%} trained",
         "draws": f"{schedule.num_draws:,} an epoch, order {recipe.data.order}, fingerprint {job.draws}",
@@ -53,10 +60,46 @@ def show_banner(
     table = Table.grid(padding=(0, 2))
     if attempt > 1 and continuation is None:
         lines["restart"] = f"start {attempt} of this run, and none before it committed a checkpoint: from step 1 again"
-    rows = [*lines.items(), *(_continuation(continuation) if continuation else ())]
+    balance = balance_lines(
+        schedule,
+        step=continuation.step + 1 if continuation else schedule.first_step,
+        world_size=job.world.size,
+        pack_tokens=job.pack_tokens,
+        cost=CostModel.from_config(model.causal_lm.config.to_dict()) or CostModel(),
+        origin=job.store.origin,
+    )
+    rows = [*lines.items(), *balance, *(_continuation(continuation) if continuation else ())]
     for name, text in rows:
         table.add_row(name, Text(redacted(text)))  # Text: a path may hold what looks like markup
     console.print(table, highlight=False)
+
+
+def balance_lines(
+    schedule: Schedule,
+    *,
+    step: int,
+    world_size: int,
+    pack_tokens: int | None,
+    cost: CostModel,
+    origin: Callable[[int], Origin],
+) -> Iterator[tuple[str, str]]:
+    """How even the steps from `step` on are, and a warning about examples that no layout evens out."""
+    if world_size == 1 or step > schedule.num_steps:
+        return
+    batches = global_batches(schedule, first_step=step, world_size=world_size, pack_tokens=pack_tokens, cost=cost)
+    found = [batch.imbalance for batch in islice(batches, NUM_STEPS_LAID_OUT)]
+    steps = f"steps {step} to {step + len(found) - 1}" if len(found) > 1 else f"step {step}"
+    yield "balance", f"the slowest process takes {mean(found):.3f} times the mean, by cost, in {steps}"
+    dominated = dominated_steps(schedule, step=step, world_size=world_size, cost=cost)
+    if dominated is not None:
+        example_id, share = dominated.example_id, dominated.share
+        yield (
+            "warning",
+            f"{dominated.num_steps:,} of {dominated.num_all:,} steps of this epoch cannot be balanced: one example "
+            f"costs more than twice a process's share; at worst {share:.1f} times, {origin(example_id)} "
+            f"({schedule.lengths[example_id]:,} tokens) in step {dominated.step}. "
+            "More examples a step or fewer processes help",
+        )
 
 
 def _continuation(continuation: Continuation) -> Iterator[tuple[str, str]]:

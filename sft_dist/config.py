@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -62,8 +62,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is no number, and `~/x` is the home directory everywhere."""
+        """`true` is no number, `~/x` is the home directory everywhere, and YAML takes a bare `on` for `true`."""
         annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and "on" in get_args(annotation):
+            return "on" if value else "off"
         if isinstance(value, bool) and annotation is not bool:
             raise ValueError("true and false are no values of this key")
         return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
@@ -88,11 +90,18 @@ class ModelSection(Section):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="compute dtype; auto: bf16 on GPU, fp32 on CPU. Master weights are fp32"
     )
-    attention: Literal["auto", "flash_attention", "torch_varlen", "sdpa"] = Field(
-        "auto", description="the backend that keeps packed documents apart; auto takes the fastest that can run"
+    attention: Literal["auto", "flash_attention", "flash_attention_3", "flash_attention_4", "torch_varlen", "sdpa"] = (
+        Field("auto", description="the backend that keeps packed documents apart; auto takes the first that can run")
     )
-    checkpointing: Literal["none", "full"] = Field(
-        "none", description="recompute activations in the backward to save memory"
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="recompute activations in the backward to save memory. selective: all but attention's outputs",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="compiled decoder layers; auto: on a GPU with a working compiler, but not under ZeRO-3"
+    )
+    kernels: Literal["torch", "liger"] = Field(
+        "torch", description="norm, rotary embedding and SwiGLU: torch's own, or Liger's Triton kernels (GPU)"
     )
 
     @model_validator(mode="after")

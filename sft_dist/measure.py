@@ -97,7 +97,8 @@ def evaluate_run(recipe: Recipe, *, console: Console) -> Evaluation:
 
 
 def _load(recipe: Recipe, directory: Path) -> OneProcess:
-    section = recipe.model.model_copy(update={"path": str(directory), "revision": None, "checkpointing": "none"})
+    one_pass = {"checkpointing": "none", "compile": "off"}
+    section = recipe.model.model_copy(update={"path": str(directory), "revision": None, **one_pass})
     device = choose_device(World())
     dtype = compute_dtype(section.dtype, device)
     config = read_config(section)

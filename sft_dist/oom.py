@@ -75,6 +75,6 @@ def _smaller_pack(tokens: int, longest_example: int, *, packing: bool, checkpoin
     if packing and proposal < tokens:
         return f"set batch.pack_tokens={proposal}: the run gets slower, the loss curve does not change"
     shortest = f"packs are as short as the longest example ({longest_example} tokens)"
-    if checkpointing == "none":
+    if checkpointing != "full":
         return f"{shortest}; set model.checkpointing: full, or a smaller data.max_tokens"
     return f"{shortest}; use a zero engine with more processes, zero3_offload, or a smaller data.max_tokens"

@@ -39,6 +39,7 @@ FAILED = re.compile(r"^FAILED (\S+::\S+)", re.M)
 BATCH, CHAT, STORE = "unit/test_batch.py", "unit/test_chat.py", "unit/test_store.py"
 TEMPLATES, DRAWS = "unit/test_templates.py", "unit/test_draws.py"
 LOSS, ATTENTION = "unit/test_loss.py", "unit/test_attention.py"
+COMPILE, SUBMIT = "unit/test_compile.py", "unit/test_submit.py"
 SCHEDULE, RATES = "unit/test_schedule.py", "unit/test_optim.py"
 CURVE, RESUME = "numerics/test_curve.py", "numerics/test_resume.py"
 SHIFT = f"{BATCH}::test_a_trained_token_is_predicted_from_the_position_before_it"
@@ -167,6 +168,62 @@ MUTANTS = [
         "scale = torch.ones_like(grad_outputs[0])",
         f"{LOSS}::test_loss_and_gradients_equal_full_logits_in_double_precision",
     ),
+    Mutant(
+        "equal sizes of the first pack are one size",
+        "model/compile.py",
+        "use_duck_shape=False",
+        "use_duck_shape=True",
+        f"{COMPILE}::test_packs_of_every_size_share_one_graph_and_its_results[qwen2-none]",
+    ),
+    Mutant(
+        "constants become inputs of graphs",
+        "model/compile.py",
+        "specialize_float=True",
+        "specialize_float=False",
+        f"{COMPILE}::test_packs_of_every_size_share_one_graph_and_its_results[qwen3-none]",
+    ),
+    Mutant(
+        "a graph for every longest document",
+        "model/attention.py",
+        "max(2, 1 << (micro.max_seqlen - 1).bit_length())",
+        "micro.max_seqlen",
+        f"{COMPILE}::test_the_longest_document_is_rounded_up_to_a_power_of_two[3-4]",
+    ),
+    Mutant(
+        "flash-attn 4 sees one token too many",
+        "model/attention.py",
+        "(None, None) if window is None else (window - 1, 0)",
+        "(-1, 0) if window is None else (window, 0)",
+        "unit/test_kernels.py::test_a_flash_backend_is_called_for_the_attention_that_sdpa_computes[flash_attention_4-8]",
+    ),
+    Mutant(
+        "selective checkpointing attends again",
+        "model/checkpointing.py",
+        "MUST_SAVE if is_attention",
+        "MUST_SAVE if not is_attention",
+        "unit/test_checkpointing.py::test_selective_keeps_attention_outputs_and_no_more",
+    ),
+    Mutant(
+        "measuring recomputes activations",
+        "model/checkpointing.py",
+        "    causal_lm.disable_input_require_grads()\n",
+        "    pass\n",
+        f"{COMPILE}::test_packs_of_every_size_share_one_graph_and_its_results[qwen3-full]",
+    ),
+    Mutant(
+        "the loss is looked at in the forward",
+        "model/load.py",
+        "        result: Tensor = self.head(",
+        "        assert bool(hidden.isfinite().all())\n        result: Tensor = self.head(",
+        "unit/test_no_sync.py::test_forward_and_backward_read_nothing_back[qwen2-none-single]",
+    ),
+    Mutant(
+        "tied weights are counted twice",
+        "shape.py",
+        "(1 if self.is_tied else 2)",
+        "2",
+        "unit/test_shape.py::test_matrices_are_counted_as_by_hand",
+    ),
     # ------------------------------------------------------------ engines
     Mutant(
         "DeepSpeed averages over ranks",
@@ -192,7 +249,7 @@ MUTANTS = [
     Mutant(
         "clipping ignored",
         "engine/local.py",
-        "nn.utils.clip_grads_with_norm_(masters, self._max_grad_norm, norm.float())",
+        "torch._foreach_mul_(gradients, scale)",
         "pass",
         REFERENCE,
     ),
@@ -382,6 +439,69 @@ MUTANTS = [
         "math.exp(example_mean)",
         "launch/test_evaluate.py::test_a_finished_model_has_the_loss_that_the_run_ended_with",
     ),
+    Mutant(
+        "a dominated step fills its other ranks no further",
+        "data/schedule.py",
+        "if is_even or dearest",
+        "if True or is_even or dearest",
+        f"{SCHEDULE}::test_beside_a_long_example_the_other_ranks_get_as_much_to_do",
+    ),
+    Mutant(
+        "packs side by side are not evened out",
+        "data/schedule.py",
+        "rows = [_swap(step, row) for row in _fill(step, order)]",
+        "rows = _fill(step, order)",
+        f"{SCHEDULE}::test_steps_are_as_even_as_can_be",
+    ),
+    Mutant(
+        "a full pack is never looked at again",
+        "data/schedule.py",
+        "while aside and -aside[0][0] >= length:",
+        "while False:",
+        f"{SCHEDULE}::test_steps_are_as_even_as_can_be",
+    ),
+    Mutant(
+        "a swap overfills the other pack",
+        "data/schedule.py",
+        "fits = (length <= room) & (-length <= rooms[top])",
+        "fits = length <= room",
+        f"{SCHEDULE}::test_no_pack_is_overfilled_when_examples_change_places",
+    ),
+    Mutant(
+        "room is not counted after a swap",
+        "data/schedule.py",
+        "rooms[changed] -= sign * int(length[mine, other])",
+        "pass",
+        f"{SCHEDULE}::test_no_pack_is_overfilled_when_examples_change_places",
+    ),
+    Mutant(
+        "a pack in the order of its costs",
+        "data/schedule.py",
+        "for place in sorted(pack))",
+        "for place in pack)",
+        f"{SCHEDULE}::test_a_pack_keeps_the_order_of_the_draws",
+    ),
+    Mutant(
+        "dominated steps are counted against the whole step",
+        "data/schedule.py",
+        "np.add.reduceat(costs, bounds[:-1]) / world_size",
+        "np.add.reduceat(costs, bounds[:-1])",
+        f"{SCHEDULE}::test_steps_that_one_example_dominates_are_counted_and_the_worst_is_named",
+    ),
+    Mutant(
+        "the worst step is named by its place in the segment",
+        "data/schedule.py",
+        "before + worst + 1,",
+        "worst + 1,",
+        f"{SCHEDULE}::test_dominated_steps_are_counted_from_where_a_later_segment_begins",
+    ),
+    Mutant(
+        "another example is named as the dominating one",
+        "banner.py",
+        "example_id, share = dominated.example_id, dominated.share",
+        "example_id, share = 0, dominated.share",
+        "unit/test_banner.py::test_an_example_that_dominates_its_step_is_named",
+    ),
     # ------------------------------------------------------------ checkpoints and resume
     Mutant(
         "schedule starts over after a resume",
@@ -542,6 +662,42 @@ MUTANTS = [
         'status[0] not in "ZX" and ',
         "",
         "unit/test_heartbeat.py::test_a_zombie_is_dead",
+    ),
+    # ------------------------------------------------------------ clusters
+    Mutant(
+        "a job whose predecessor failed waits for ever",
+        "submit.py",
+        '"--kill-on-invalid-dep=yes"',
+        '"--parsable"',
+        f"{SUBMIT}::test_three_jobs_each_after_the_one_before",
+    ),
+    Mutant(
+        "every job waits for the first",
+        "submit.py",
+        "after=numbers[-1] if numbers else None",
+        "after=numbers[0] if numbers else None",
+        f"{SUBMIT}::test_three_jobs_each_after_the_one_before",
+    ),
+    Mutant(
+        "no place for the logs of the jobs",
+        "submit.py",
+        "(recipe.run.path / LOGS).mkdir(parents=True, exist_ok=True)",
+        "pass",
+        f"{SUBMIT}::test_three_jobs_each_after_the_one_before",
+    ),
+    Mutant(
+        "jobs before a refused one stay",
+        "submit.py",
+        'subprocess.run(["scancel", *numbers], env=environ)',
+        "pass",
+        f"{SUBMIT}::test_a_refused_job_takes_those_before_it_along",
+    ),
+    Mutant(
+        "a job inherits the job it is submitted from",
+        "submit.py",
+        "environ=without_job(os.environ)",
+        "environ=os.environ",
+        f"{SUBMIT}::test_settings_of_the_site_reach_sbatch_and_the_jobs",
     ),
     # ------------------------------------------------------------ data
     Mutant(

@@ -13,11 +13,15 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft_dist.config import ModelSection
 from sft_dist.data.batch import MicroBatch
 from sft_dist.errors import BackendError, ConfigError
 from sft_dist.model.attention import Backend, document_bounds, register
+from sft_dist.model.checkpointing import checkpoint_layers
+from sft_dist.model.compile import CompiledLayers, choose_compile
+from sft_dist.model.kernels import apply_kernels
 from sft_dist.model.loss import ResponseHead
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,9 @@ class PackedModel(nn.Module):
     The causal model's own `lm_head` is never called in training; its weight lives in `head` (and, when
     tied, in the embedding) as the same Parameter.
     """
+
+    compiled: CompiledLayers | None = None
+    """The graphs of the decoder layers, if they are compiled."""
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
@@ -48,12 +55,13 @@ class PackedModel(nn.Module):
 
     def forward(self, micro: MicroBatch, *, return_logits: bool = False) -> Tensor:
         """Weighted loss of the pack, scalar fp32; or its logits `[R,V]` at response positions."""
-        output = self.causal_lm.base_model(
-            input_ids=micro.input_ids,
-            position_ids=micro.position_ids,
-            use_cache=False,  # a cache would make transformers forget that the row is packed
-            **document_bounds(micro),
-        )
+        with self.compiled.stable_shapes() if self.compiled is not None else contextlib.nullcontext():
+            output = self.causal_lm.base_model(
+                input_ids=micro.input_ids,
+                position_ids=micro.position_ids,
+                use_cache=False,  # a cache would make transformers forget that the row is packed
+                **document_bounds(micro, compiled=self.compiled is not None),
+            )
         hidden = output.last_hidden_state[0].index_select(0, micro.response_index)
         head_inputs = (hidden,) if return_logits else (hidden, micro.targets, micro.weights)
         result: Tensor = self.head(*head_inputs)
@@ -136,8 +144,19 @@ def load_model(
 
     num_tokens: size of the tokenizer; the embedding grows to it. added_token_ids: tokens that the model has
     never seen; their rows start at the mean of the others.
-    Raises ConfigError when there is no such model, BackendError when its attention cannot be replaced.
+    Raises ConfigError when there is no such model, BackendError when its attention cannot be replaced or the recipe
+    asks for compiled layers or kernels that cannot be had here.
     """
+    config = read_config(section)
+    compiles = choose_compile(
+        section.compile,
+        config,
+        device=device,
+        backend=backend,
+        kernels=section.kernels,
+        is_partitioned=is_deepspeed_zero3_enabled(),
+    )
+    apply_kernels(section.kernels, config, device)
     try:
         causal_lm, info = AutoModelForCausalLM.from_pretrained(
             section.path,
@@ -161,10 +180,12 @@ def load_model(
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; the files do not fit config.json"
         )
     grow_vocabulary(causal_lm, num_tokens=num_tokens, added_token_ids=added_token_ids)
-    if section.checkpointing == "full":
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(causal_lm, section.checkpointing)
     causal_lm.train()
-    return PackedModel(causal_lm.to(device) if not _is_partitioned(causal_lm) else causal_lm)
+    model = PackedModel(causal_lm.to(device) if not _is_partitioned(causal_lm) else causal_lm)
+    if compiles:
+        model.compiled = CompiledLayers(causal_lm)
+    return model
 
 
 def grow_vocabulary(causal_lm: PreTrainedModel, *, num_tokens: int, added_token_ids: Sequence[int]) -> None:

@@ -62,7 +62,8 @@ def _own_logits(model: PackedModel, micro: MicroBatch) -> Tensor:
         start = 0
         for length in micro.document_lengths:
             inside = (micro.response_index >= start) & (micro.response_index < start + length)
-            logits = causal_lm(input_ids=micro.input_ids[:, start : start + length], use_cache=False).logits[0]
+            with torch.compiler.set_stance("force_eager"):  # the model's own, and no graphs for its masks
+                logits = causal_lm(input_ids=micro.input_ids[:, start : start + length], use_cache=False).logits[0]
             rows.append(logits[micro.response_index[inside] - start].float())
             start += length
     finally:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors redact run_files config console durable package_files quiet world
+errors shape redact run_files config console durable package_files quiet world
 machine accelerate_config engine_choice
 submit
 commits run_record heartbeat rank_log hang watchdog
@@ -29,7 +29,7 @@ data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.l
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
 -- torch below this line
 data.batch
-model.attention model.loss model.load model.verify
+model.attention model.checkpointing model.compile model.kernels model.loss model.load model.verify
 engine.fragments engine.interface engine.collectives engine.local engine.zero engine.start
 optim guard
 checkpoint

@@ -332,7 +332,7 @@ def test_packs_are_laid_out_as_training_lays_them_out(recipe_path: Path) -> None
 def test_balance_is_judged_by_the_costs_of_the_model(recipe_path: Path, tied_model: Path) -> None:
     """Two layers of the tied model: 64 wide, 4 heads of 16, 2 of them for keys and values, 128 inside, 32 tokens."""
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
-    cost = CostModel.from_shape(body_params=2 * layer, head_params=32 * 64, num_layers=2, attention_width=64)
+    cost = CostModel(1.0, 32 * 64 / (2 * layer), 2 * 64 / (2 * layer))
     recipe, store = opened(recipe_path)
     schedule = schedule_of(recipe, store)
 
