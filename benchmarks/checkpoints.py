@@ -106,7 +106,7 @@ def run_rank(task: dict[str, Any]) -> None:
         started = time.perf_counter()
         with engine.accumulate(is_last=True):
             engine.backward(engine(micro))
-        engine.step(lr=1e-4)
+        engine.step(lr=1e-4, grad_norm=float(engine.reduce()))
         return time.perf_counter() - started
 
     def over_ranks(value: float) -> float:

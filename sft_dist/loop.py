@@ -13,7 +13,7 @@ from sft_dist.commits import RunState
 from sft_dist.config import Recipe
 from sft_dist.data.batch import StepBatch
 from sft_dist.data.store import TokenStore
-from sft_dist.engine.collectives import gather_texts, sum_over_ranks
+from sft_dist.engine.collectives import gather_texts, on_device, sum_over_ranks
 from sft_dist.engine.interface import Engine
 from sft_dist.errors import NotFiniteError
 from sft_dist.evaluate import HeldOutSet
@@ -60,13 +60,15 @@ def train_loop(
                 engine.backward(share)
             shares.append(share.detach().double())
         asked = stop_requested(stop, recipe, engine.world)
-        told = torch.tensor([asked, *saver.flags()], dtype=torch.float64, device=engine.device)
+        told = on_device([asked, *saver.flags()], engine.device)
         # The one reduction of a step besides the gradients': its loss, who was asked to stop, who has saved.
-        loss, num_asked, *saved = sum_over_ranks(torch.cat([torch.stack(shares).sum()[None], told])).tolist()
+        told = sum_over_ranks(torch.cat([torch.stack(shares).sum()[None], told]))
+        # And the one time that the host waits for the device.
+        loss, num_asked, *saved, grad_norm = torch.cat([told, engine.reduce()[None]]).tolist()
         watchdog.progress(forward_s=forward_time.end_step())
         withheld = reason_to_withhold(loss, state.recent_losses, spike_guard=recipe.train.spike_guard)
         lr = lr_at(batch.step, optim=recipe.optim, num_steps=num_steps)
-        result = engine.step(lr=lr, withhold=withheld is not None)
+        result = engine.step(lr=lr, grad_norm=grad_norm, withhold=withheld is not None)
         if not result.applied:
             withheld = withheld or "gradient not finite"
         state = state.after(loss, applied=result.applied)

@@ -29,8 +29,8 @@ def needs_decay(name: str, num_dimensions: int) -> bool:
     return num_dimensions >= 2 and not name.endswith(".bias")
 
 
-def build_adamw(named: Iterable[tuple[str, nn.Parameter]], *, optim: OptimSection, fused: bool) -> torch.optim.AdamW:
-    """AdamW over what decays and what does not. Its lr is a placeholder: the engine sets each step's."""
+def build_adamw(named: Iterable[tuple[str, nn.Parameter]], *, optim: OptimSection) -> torch.optim.AdamW:
+    """AdamW, in one pass over the states, over what decays and what does not. The engine sets each step's lr."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in named:
@@ -39,5 +39,5 @@ def build_adamw(named: Iterable[tuple[str, nn.Parameter]], *, optim: OptimSectio
         (decayed if needs_decay(name, len(shape)) else undecayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused
+        [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
     )

@@ -4,7 +4,7 @@ import datetime
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -121,6 +121,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """`[n]` fp64. The host does not wait for the device: the copy is from pinned memory."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

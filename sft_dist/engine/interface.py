@@ -17,7 +17,7 @@ from sft_dist.world import World
 class MakeOptimizer(Protocol):
     """Builds the optimizer over an engine's master weights."""
 
-    def __call__(self, named: Iterable[tuple[str, nn.Parameter]], *, fused: bool) -> torch.optim.Optimizer: ...
+    def __call__(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer: ...
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,18 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None: ...
 
-    def step(self, *, lr: float, withhold: bool = False) -> StepResult:
-        """Clip by global norm and update; withheld on all ranks when the norm is not finite or the caller says so."""
+    def reduce(self) -> Tensor:
+        """Once a step, behind its last backward: sum gradients over ranks. Their global L2 norm, scalar fp64.
+
+        On the device, so that the caller reads it back together with what else it wants to know. NaN from engines that
+        sum and clip in one go, and say it in `step`.
+        """
+
+    def step(self, *, lr: float, grad_norm: float, withhold: bool = False) -> StepResult:
+        """Clip by global norm and update; withheld on all ranks when the norm is not finite or the caller says so.
+
+        grad_norm: what `reduce` returned.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole weights in compute dtype under the causal model's own names, on the host; empty on ranks above 0."""

@@ -5,7 +5,9 @@ would be accumulated over micro-batches in bf16. Here they are accumulated and r
 
     bf16 weights --backward--> bf16 gradient --add--> fp32 sum --all-reduce--> AdamW on fp32 master --> bf16 weights
 
-With fp32 weights, weights and master are one and the same tensor.
+With fp32 weights, weights and master are one and the same tensor. With one process and one micro-batch there is
+nothing to add: the bf16 gradient stays as it is, and becomes fp32 a bucket at a time while AdamW updates it, so that a
+parameter takes 16 bytes instead of 18.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ from sft_dist.model.load import PackedModel
 from sft_dist.world import World
 
 BUCKET_ELEMENTS = 64 * 2**20
-"""Gradients are reduced in flat buckets of at most this many fp32 elements (256 MiB)."""
+"""Gradients are reduced, and bf16 ones updated with, in buckets of about this many fp32 elements (256 MiB)."""
 
 
 class LocalEngine:
@@ -45,38 +47,75 @@ class LocalEngine:
         self._max_grad_norm = max_grad_norm
         self._weights = {n: p for n, p in model.causal_lm.named_parameters() if p.requires_grad}
         self._masters = {n: self._master_of(p) for n, p in self._weights.items()}
-        self._optimizer = make_optimizer(self._masters.items(), fused=device.type == "cuda")
+        self._optimizer = make_optimizer(self._masters.items())
+        self._num_micros = 0
+        self._is_only_one = False
 
     def __call__(self, micro: MicroBatch) -> Tensor:
         return self.model(micro)  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def accumulate(self, *, is_last: bool) -> Iterator[None]:
-        yield  # gradients add up where they are; the one reduction is in `step`
+        self._num_micros += 1
+        self._is_only_one = is_last and self._num_micros == 1 and self.world.size == 1
+        yield  # gradients add up where they are; the one reduction is in `reduce`
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     @torch.no_grad()
-    def step(self, *, lr: float, withhold: bool = False) -> StepResult:
-        masters = list(self._masters.values())
-        for master in masters:
-            if master.grad is None:  # unused in this step: a zero, so that buckets are alike on all ranks
-                master.grad = torch.zeros_like(master)
-        grads = [master.grad for master in masters if master.grad is not None]
+    def reduce(self) -> Tensor:
+        gradients = [self._gradient_of(name) for name in self._masters]
         if self.world.size > 1:
-            _sum_in_buckets(grads)
-        norm = _global_norm(grads)
-        grad_norm = float(norm)
+            _sum_in_buckets(gradients)
+        return _global_norm(gradients)
+
+    @torch.no_grad()
+    def step(self, *, lr: float, grad_norm: float, withhold: bool = False) -> StepResult:
         applied = math.isfinite(grad_norm) and not withhold
         if applied:
-            nn.utils.clip_grads_with_norm_(masters, self._max_grad_norm, norm.float())
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            self._optimizer.step()
+            for names in self._buckets():
+                self._update(names, grad_norm)
             self._round_masters()
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self._masters.values(), *self._weights.values()):
+            parameter.grad = None
+        self._num_micros = 0
         return StepResult(math.nan if withhold else grad_norm, applied)
+
+    def _gradient_of(self, name: str) -> Tensor:
+        """The sum so far: the master's, or, where nothing was added up, the weight's own."""
+        found: Tensor | None = self._masters[name].grad
+        if found is None:
+            found = self._weights[name].grad
+        if found is None:  # unused in this step: a zero, so that buckets are alike on all ranks
+            found = self._masters[name].grad = torch.zeros_like(self._masters[name])
+        return found
+
+    def _buckets(self) -> Iterator[list[str]]:
+        """Names of the parameters that are updated together: all, unless their gradients have to become fp32 first."""
+        bucket: list[str] = []
+        for name in self._masters:
+            bucket.append(name)
+            if self._is_only_one and sum(self._masters[n].numel() for n in bucket) >= BUCKET_ELEMENTS:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
+
+    def _update(self, names: list[str], grad_norm: float) -> None:
+        gradients = []
+        for name in names:
+            gradients.append(self._gradient_of(name).float())
+            self._weights[name].grad = None
+            self._masters[name].grad = gradients[-1]
+        scale = self._max_grad_norm / (grad_norm + 1e-6)
+        if scale < 1:
+            torch._foreach_mul_(gradients, scale)
+        self._optimizer.step()  # passes over masters without a gradient, those of other buckets
+        for name in names:
+            self._masters[name].grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         if not self.world.is_main:
@@ -109,6 +148,8 @@ class LocalEngine:
 
         def add_to_master(of: Tensor) -> None:
             assert of.grad is not None
+            if self._is_only_one:
+                return
             master.grad = of.grad.float() if master.grad is None else master.grad.add_(of.grad)
             of.grad = None
 

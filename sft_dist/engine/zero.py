@@ -94,8 +94,7 @@ def start_zero(
     model = load_model()
     del partitioning
     named = [(n, p) for n, p in model.causal_lm.named_parameters() if p.requires_grad]
-    offloads = "offload_optimizer" in config["zero_optimization"]
-    optimizer = make_optimizer(named, fused=device.type == "cuda" and not offloads)
+    optimizer = make_optimizer(named)
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     # DeepSpeed casts buffers along with bf16 weights; rotary frequencies in bf16 would bend far positions.
@@ -132,7 +131,10 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, *, lr: float, withhold: bool = False) -> StepResult:
+    def reduce(self) -> Tensor:
+        return torch.full((), math.nan, dtype=torch.float64, device=self.device)  # DeepSpeed's `step` has it
+
+    def step(self, *, lr: float, grad_norm: float, withhold: bool = False) -> StepResult:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         with self._withholding() if withhold else contextlib.nullcontext():

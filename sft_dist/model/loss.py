@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
-"""Size of one chunk of fp32 logits. A GPU needs a few thousand rows to saturate its matmul units."""
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 1024 * 2**20}
+"""Size of one chunk of fp32 logits. A GPU needs a few thousand rows to saturate its matmul units; on a CPU what comes
+after the matmul finds small chunks in the cache."""
+
+LEAST_ROWS = 128
+"""Of a chunk, whatever its size: each reads the whole weight."""
 
 
 class ResponseHead(nn.Module):
@@ -48,8 +52,11 @@ class _WeightedNLL(torch.autograd.Function):
         # Chunks are summed in fp32 whatever the weight's dtype: a bf16 sum over chunks would lose small terms.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(len(targets), weight.shape[0], hidden.device.type):
-            loss += _chunk_loss(hidden, weight, targets, weights, rows, grad_hidden, grad_weight)
+        chunks = _chunks(len(targets), weight.shape[0], hidden.device.type)
+        # One buffer for all chunks: on a CPU, pages that the kernel has to hand out anew cost as much as a matmul.
+        buffer = torch.empty(_size(chunks), weight.shape[0], dtype=torch.float32, device=hidden.device)
+        for rows in chunks:
+            loss += _chunk_loss(hidden, weight, targets, weights, rows, buffer, grad_hidden, grad_weight)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 
@@ -64,8 +71,13 @@ class _WeightedNLL(torch.autograd.Function):
 
 
 def _chunks(num_rows: int, vocabulary: int, device_type: str) -> list[slice]:
-    rows = max(1, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
-    return [slice(start, start + rows) for start in range(0, num_rows, rows)]
+    rows = max(LEAST_ROWS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _size(chunks: list[slice]) -> int:
+    """Rows of the largest chunk, which is the first."""
+    return chunks[0].stop if chunks else 0
 
 
 def _chunk_loss(
@@ -74,25 +86,44 @@ def _chunk_loss(
     targets: Tensor,
     weights: Tensor,
     rows: slice,
+    buffer: Tensor,
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> Tensor:
     """Loss of some rows; their gradients are written to `grad_hidden[rows]` and added to `grad_weight`."""
-    logits = (hidden[rows] @ weight.T).float()  # [r,V]; the only logits alive
-    target, token_weight = targets[rows, None], weights[rows, None]
-    log_normalizer = logits.logsumexp(-1, keepdim=True)
-    loss = (token_weight * (log_normalizer - logits.gather(-1, target))).sum()
+    chunk, target, token_weight = hidden[rows], targets[rows, None], weights[rows, None]
+    logits = _product(chunk, weight.T, out=buffer[: len(chunk)])  # [r,V]; the only logits alive
+    largest, target_logit = logits.amax(-1, keepdim=True), logits.gather(-1, target)
+    exps = logits.sub_(largest).exp_()
+    normalizer = exps.sum(-1, keepdim=True)
+    loss = (token_weight * (normalizer.log() + largest - target_logit)).sum()
     if grad_hidden is None and grad_weight is None:
         return loss
     # d loss / d logits = weight_r * (softmax - onehot), made in place of the logits.
-    grad_logits = logits.sub_(log_normalizer).exp_().mul_(token_weight)
-    grad_logits.scatter_add_(-1, target, -token_weight)
-    grad_logits = grad_logits.to(weight.dtype)
+    exps.scatter_add_(-1, target, -normalizer)
+    grad_logits = exps if weight.dtype == torch.float32 else torch.empty_like(exps, dtype=weight.dtype)
+    torch.mul(exps, token_weight / normalizer, out=grad_logits)
     if grad_hidden is not None:
         torch.mm(grad_logits, weight, out=grad_hidden[rows])
     if grad_weight is not None:
-        if weight.dtype == torch.float32:
-            grad_weight.addmm_(grad_logits.T, hidden[rows])
-        else:
-            grad_weight += grad_logits.T @ hidden[rows]
+        _add_product(grad_weight, grad_logits.T, chunk)
     return loss
+
+
+def _product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """a @ b into the fp32 tensor `out`, and on a GPU without rounding to the factors' dtype in between."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return out.copy_(a @ b)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to the fp32 tensor `total`."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        total += torch.mm(a, b, out_dtype=torch.float32)  # torch 2.11's addmm may refuse to add bf16 products to fp32
+    else:
+        total += a @ b

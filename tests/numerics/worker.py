@@ -101,7 +101,7 @@ def write_norms(engine: Any, micro: Any, directory: Path) -> None:
         for index, scale in enumerate(scales):
             with engine.accumulate(is_last=index == len(scales) - 1):
                 engine.backward(engine(micro) * scale)
-        norms.append(engine.step(lr=0.0).grad_norm)
+        norms.append(engine.step(lr=0.0, grad_norm=float(engine.reduce())).grad_norm)
     if engine.world.is_main:
         (directory / "norms.json").write_text(json.dumps(norms))
 
@@ -120,7 +120,7 @@ def write_gradients(engine: Any, batch: Any, directory: Path) -> None:
             gradients[name] = sum_over_ranks(parameter.grad.clone())
     if engine.world.is_main:
         safetensors.torch.save_file(gradients, directory / "gradients.safetensors")
-    engine.step(lr=0.0)
+    engine.step(lr=0.0, grad_norm=float(engine.reduce()))
 
 
 @torch.no_grad()

@@ -20,13 +20,13 @@ from tests.unit.test_attention import documents, pack
 CPU = torch.device("cpu")
 
 
-def start(path: Path, dtype: torch.dtype) -> LocalEngine:
+def start(path: Path, dtype: torch.dtype, max_grad_norm: float = 1.0) -> LocalEngine:
     loaded = load_model(
         ModelSection(path=str(path)), backend=BACKENDS["sdpa"], dtype=dtype, device=CPU, num_tokens=32,
         added_token_ids=[],
     )  # fmt: skip
     return LocalEngine(
-        loaded, name="single", world=World(), device=CPU, max_grad_norm=1.0,
+        loaded, name="single", world=World(), device=CPU, max_grad_norm=max_grad_norm,
         make_optimizer=functools.partial(build_adamw, optim=OptimSection(lr=1e-3)),
     )  # fmt: skip
 
@@ -39,9 +39,29 @@ def test_bf16_gradients_are_summed_in_fp32_over_micro_batches(tied_model: Path) 
         for _ in range(count):
             with engine.accumulate(is_last=False):
                 engine.backward(engine(micro))
-        norms.append(engine.step(lr=0.0).grad_norm)
+        norms.append(engine.step(lr=0.0, grad_norm=float(engine.reduce())).grad_norm)
     # 600 fp32 additions round by 6e-8 each.
     assert norms[1] / norms[0] == pytest.approx(600, rel=1e-4)
+
+
+def test_one_bf16_micro_batch_is_updated_with_as_its_fp32_sum_would_be(
+    tied_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is never held in fp32 as a whole, and the update is the same to the bit."""
+    micro, weights = pack(documents(12, 20), 0, 1), []
+    for is_known_to_be_last in (True, False):
+        engine = start(tied_model, torch.bfloat16, max_grad_norm=0.1)
+        monkeypatch.setattr(local, "BUCKET_ELEMENTS", 5000)
+        for _ in range(3):
+            with engine.accumulate(is_last=is_known_to_be_last):
+                engine.backward(engine(micro))
+            held = sum(master.grad is not None for master in engine._masters.values())
+            assert held == (0 if is_known_to_be_last else len(engine._masters))
+            result = engine.step(lr=1e-3, grad_norm=float(engine.reduce()))
+            assert result.applied
+            assert result.grad_norm > 0.1, "clipped"
+        weights.append({name: value.clone() for name, value in engine.state_dict().items()})
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_a_step_whose_gradient_is_not_finite_is_withheld(tied_model: Path) -> None:
@@ -49,11 +69,11 @@ def test_a_step_whose_gradient_is_not_finite_is_withheld(tied_model: Path) -> No
     before = engine.state_dict()
     before = {name: value.clone() for name, value in before.items()}
     engine.backward(engine(replace(micro, weights=micro.weights * torch.inf)))
-    result = engine.step(lr=1e-3)
+    result = engine.step(lr=1e-3, grad_norm=float(engine.reduce()))
     assert not result.applied
     assert all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
     engine.backward(engine(micro))
-    assert engine.step(lr=1e-3).applied, "the gradient of the withheld step is gone"
+    assert engine.step(lr=1e-3, grad_norm=float(engine.reduce())).applied, "the gradient of the withheld step is gone"
     assert not torch.equal(engine.state_dict()["lm_head.weight"], before["lm_head.weight"])
 
 
