@@ -1,0 +1,202 @@
+"""The models that are measured, the card, and what a step of a model holds in memory.
+
+T = packed tokens, R = response tokens, S2 = sum of squared document lengths
+L = layers, H = hidden size, Hq/Hk = query/key heads, D = head dimension, I = intermediate size, V = vocabulary
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sft_dist.engine_choice import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, state_bytes
+from sft_dist.shape import ModelShape
+
+BF16_BYTES = 2
+
+PEAK_FLOPS = (
+    (r"H100 PCIe", 756e12),
+    (r"H100 NVL", 835e12),
+    (r"H100|H200|H800|GH200", 989e12),
+    (r"B200", 2250e12),
+    (r"A100|A800", 312e12),
+    (r"L40S", 362e12),
+    (r"L40|RTX 6000 Ada", 181e12),
+)
+"""Dense bf16 FLOP/s by the vendor's data sheets; the first pattern that is in the card's name."""
+
+RESERVED_BYTES = 2 * 2**30
+"""What CUDA, its libraries and a fragmented cache take of a card."""
+
+HEAD_CHUNK_BYTES = 2 * 2**30
+"""A chunk of the head: logits in bf16 and in fp32, and their gradient in bf16."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model by the fields of its config.json, and a step: `packs` packs of at most `pack_tokens` tokens."""
+
+    name: str
+    config: dict[str, Any]
+    pack_tokens: int
+    packs: int
+
+    @property
+    def shape(self) -> ModelShape:
+        shape = ModelShape.from_config(self.config)
+        assert shape is not None
+        return shape
+
+
+def _config(model_type: str, **fields: Any) -> dict[str, Any]:
+    shared = {
+        "model_type": model_type,
+        "vocab_size": 151_936,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "max_position_embeddings": 32_768,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+    }
+    return shared | fields
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "Qwen2.5-1.5B",
+            _config(
+                "qwen2",
+                hidden_size=1536,
+                intermediate_size=8960,
+                num_hidden_layers=28,
+                num_attention_heads=12,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            ),
+            pack_tokens=16_384,
+            packs=4,
+        ),
+        Case(
+            "Qwen3-4B",
+            _config(
+                "qwen3",
+                hidden_size=2560,
+                intermediate_size=9728,
+                num_hidden_layers=36,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                tie_word_embeddings=True,
+            ),
+            pack_tokens=8192,
+            packs=4,
+        ),
+        # One pack a step: then gradients need no fp32 sum, and the state is 16 bytes a parameter.
+        Case(
+            "Qwen3-8B",
+            _config(
+                "qwen3",
+                hidden_size=4096,
+                intermediate_size=12_288,
+                num_hidden_layers=36,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                tie_word_embeddings=False,
+            ),
+            pack_tokens=16_384,
+            packs=1,
+        ),
+    )
+}
+TINY = Case(
+    "tiny",
+    _config(
+        "qwen3",
+        vocab_size=512,
+        head_dim=16,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    pack_tokens=384,
+    packs=2,
+)
+
+
+def peak_flops(card: str) -> float | None:
+    """Dense bf16 FLOP/s of a card by its name; None for one that is not in the table."""
+    return next((peak for pattern, peak in PEAK_FLOPS if re.search(pattern, card)), None)
+
+
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation: flops are those of `ModelShape.step_flops`, which leave recomputation out."""
+    return flops / seconds / peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of a side before it runs. state: weights, gradients and optimizer; activations: at the peak of a step."""
+
+    checkpointing: str
+    state: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.activations
+
+
+def plans(case: Case, *, state: float, room: float, dtype: str, modes: Sequence[str]) -> list[Plan]:
+    """What to try of `modes`, which recompute more and more: from the first that should fit into `room` bytes on.
+
+    The last where none should; its state may still say that there is nothing to try.
+    """
+    each = [
+        Plan(mode, state, activation_bytes(case, tokens=case.pack_tokens, checkpointing=mode, dtype=dtype))
+        for mode in modes
+    ]
+    first = next((index for index, plan in enumerate(each) if plan.total <= room), len(each) - 1)
+    return each[first:]
+
+
+def our_state_bytes(case: Case, *, dtype: str) -> float:
+    """What engine/local.py keeps; with one pack a step, gradients stay in the dtype of the weights."""
+    num_parameters = case.shape.num_params
+    state = state_bytes("single", num_gpus=1, num_parameters=num_parameters, dtype=dtype)
+    kept = (GRADIENT_BYTES - BF16_BYTES) * num_parameters
+    return state - kept if case.packs == 1 and dtype == "bf16" else state
+
+
+def peer_state_bytes(case: Case, *, dtype: str) -> float:
+    """fp32 weights, gradients and moments; autocast keeps a bf16 copy of the weights until the backward ends."""
+    cast = BF16_BYTES if dtype == "bf16" else 0
+    return case.shape.num_params * (MASTER_BYTES + GRADIENT_BYTES + MOMENT_BYTES + cast)
+
+
+def activation_bytes(case: Case, *, tokens: int, checkpointing: str, dtype: str) -> float:
+    """An estimate of what is alive when the head has run, or when a layer is recomputed.
+
+    Of uncompiled layers: norms, which compute in fp32, over hidden states and in Qwen3 over q and k; q, k, v;
+    attention and its fp32 normaliser; the gated MLP.
+    """
+    shape = case.shape
+    size = BF16_BYTES if dtype == "bf16" else 4
+    upcast = 4 if dtype == "bf16" else 0
+    keys = shape.num_key_value_heads * shape.head_dim
+    normed = 2 * shape.hidden + (shape.attention_width + keys) * (case.config["model_type"] == "qwen3")
+    norms = normed * (2 * size + upcast)
+    attention = size * (2 * shape.attention_width + 2 * keys) + 4 * shape.num_heads
+    layer = norms + attention + 4 * size * shape.intermediate
+    kept = {
+        "none": layer * shape.num_layers,
+        "selective": (size * (shape.hidden + shape.attention_width) + 4 * shape.num_heads) * shape.num_layers + layer,
+        "full": size * shape.hidden * shape.num_layers + layer,
+    }[checkpointing]
+    head = shape.head_params * (4 + size) + HEAD_CHUNK_BYTES * (shape.vocabulary > 10_000)
+    return kept * tokens + head
