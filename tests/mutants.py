@@ -242,8 +242,8 @@ MUTANTS = [
     Mutant(
         "bf16 weights updated without an fp32 master",
         "engine/local.py",
-        "if weight.dtype == torch.float32:",
-        "if weight.is_floating_point():",
+        "weight.copy_(self._masters[name])",
+        "self._masters[name].copy_(weight.copy_(self._masters[name]))",
         "numerics/test_bf16.py::test_layouts_spread_a_bf16_curve_at_most_twice_as_much_as_orders_do",
     ),
     Mutant(

@@ -29,6 +29,7 @@ def inputs(rows: int, hidden_size: int = 24, vocabulary: int = 50) -> tuple[torc
 @pytest.mark.parametrize("rows", [1, 7, 64, 65])
 def test_loss_and_gradients_equal_full_logits_in_double_precision(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * 50 * 16)  # chunks of 16 rows
+    monkeypatch.setattr(loss_module, "LEAST_ROWS", 1)
     hidden, weight, targets, weights = inputs(rows)
     head = ResponseHead(nn.Parameter(weight.clone()))
     h = hidden.clone().requires_grad_()
@@ -68,6 +69,7 @@ def test_without_gradients_none_are_made() -> None:
 def test_bf16_weight_gradient_is_summed_in_fp32_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """512 equal chunks: a bf16 sum stops growing at 256 times the term, an fp32 sum does not."""
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * 50)  # chunks of one row
+    monkeypatch.setattr(loss_module, "LEAST_ROWS", 1)
     hidden = torch.ones(512, 8, dtype=torch.bfloat16)
     head = ResponseHead(nn.Parameter(torch.zeros(50, 8, dtype=torch.bfloat16)))
     head(hidden, torch.zeros(512, dtype=torch.long), torch.ones(512)).backward()
