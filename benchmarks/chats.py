@@ -55,6 +55,7 @@ class Shape:
 
 LONG = Shape(exchanges=(0.6, 0.25, 0.15), question_words=17, answer_words=50, spread=0.8)
 SHORT = Shape(exchanges=(1.0,), question_words=13, answer_words=26, spread=0.45)
+ALPACA = Shape(exchanges=(1.0,), question_words=12, answer_words=36, spread=0.75)
 
 
 def write_chats(file: Path, *, num_rows: int, shape: Shape, seed: int = 0) -> None:
@@ -67,7 +68,21 @@ def write_chats(file: Path, *, num_rows: int, shape: Shape, seed: int = 0) -> No
             out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
-def write_tokenizer(directory: Path, *, shape: Shape) -> Path:
+def write_alpaca(file: Path, *, num_rows: int, seed: int = 0) -> None:
+    """Write JSONL in the Alpaca format; two rows in five have an `input`, as there."""
+    with file.open("w", encoding="utf-8") as out:
+        for index, (question, answer) in enumerate(islice(_chats(ALPACA, seed), num_rows)):
+            first, _, rest = question.partition(" ")
+            has_input = rest and index % 5 < 2
+            row = {
+                "instruction": first if has_input else question,
+                "input": rest if has_input else "",
+                "output": answer,
+            }
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_tokenizer(directory: Path, *, shape: Shape, vocab_size: int = VOCAB_SIZE) -> Path:
     """A byte-level BPE as Qwen2.5 has one, trained on other rows of the same kind, with Qwen2.5's chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -79,7 +94,7 @@ def write_tokenizer(directory: Path, *, shape: Shape) -> Path:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     rows = islice(_chats(shape, seed=1), TOKENIZER_ROWS)
     tokenizer.train_from_iterator((text for turns in rows for text in [*turns, "system\nuser\nassistant\n"]), trainer)
