@@ -224,6 +224,20 @@ MUTANTS = [
         "2",
         "unit/test_shape.py::test_matrices_are_counted_as_by_hand",
     ),
+    Mutant(
+        "the last layer keeps the first rows, not the trained ones",
+        "model/last_layer.py",
+        "hidden.index_select(1, response_index)",
+        "hidden[:, : len(response_index)]",
+        "unit/test_last_layer.py::test_loss_and_gradients_are_those_of_the_whole_layer[qwen2-none]",
+    ),
+    Mutant(
+        "the last layer keeps all rows",
+        "model/last_layer.py",
+        "if response_index is not None:",
+        "if False:",
+        "unit/test_last_layer.py::test_the_last_mlp_sees_trained_rows_alone",
+    ),
     # ------------------------------------------------------------ engines
     Mutant(
         "DeepSpeed averages over ranks",

@@ -23,6 +23,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 
 from sft_dist.errors import BackendError
 from sft_dist.model.attention import Backend
+from sft_dist.model.last_layer import is_trimmed
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,9 @@ class CompiledLayers:
         self.graphs: list[str] = []
         self._compile: Callable[[torch.fx.GraphModule, list[Tensor]], Any] = torch._dynamo.lookup_backend(compiler)
         compile_graph = self._compile_graph  # one object: layers share graphs when their backend is the same
-        for layer in decoder_layers(causal_lm):
+        layers = decoder_layers(causal_lm)
+        # A trimmed last layer would need graphs of its own, for one layer of dozens.
+        for layer in layers[:-1] if is_trimmed(causal_lm) else layers:
             layer.compile(fullgraph=True, dynamic=True, backend=compile_graph)
 
     @contextlib.contextmanager

@@ -22,13 +22,14 @@ from sft_dist.model.attention import Backend, document_bounds, register
 from sft_dist.model.checkpointing import checkpoint_layers
 from sft_dist.model.compile import CompiledLayers, choose_compile
 from sft_dist.model.kernels import apply_kernels
+from sft_dist.model.last_layer import is_trimmed, trim_last_layer
 from sft_dist.model.loss import ResponseHead
 
 logger = logging.getLogger(__name__)
 
 
 class PackedModel(nn.Module):
-    """body -> hidden states at response positions -> head -> weighted loss.
+    """body, of whose last layer only response positions come out -> head -> weighted loss.
 
     The causal model's own `lm_head` is never called in training; its weight lives in `head` (and, when
     tied, in the embedding) as the same Parameter.
@@ -55,14 +56,18 @@ class PackedModel(nn.Module):
 
     def forward(self, micro: MicroBatch, *, return_logits: bool = False) -> Tensor:
         """Weighted loss of the pack, scalar fp32; or its logits `[R,V]` at response positions."""
+        is_short = is_trimmed(self.causal_lm)
         with self.compiled.stable_shapes() if self.compiled is not None else contextlib.nullcontext():
             output = self.causal_lm.base_model(
                 input_ids=micro.input_ids,
                 position_ids=micro.position_ids,
                 use_cache=False,  # a cache would make transformers forget that the row is packed
                 **document_bounds(micro, compiled=self.compiled is not None),
+                **({"response_index": micro.response_index} if is_short else {}),
             )
-        hidden = output.last_hidden_state[0].index_select(0, micro.response_index)
+        hidden = output.last_hidden_state[0]
+        if not is_short:
+            hidden = hidden.index_select(0, micro.response_index)
         head_inputs = (hidden,) if return_logits else (hidden, micro.targets, micro.weights)
         result: Tensor = self.head(*head_inputs)
         return result
@@ -180,6 +185,7 @@ def load_model(
             f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; the files do not fit config.json"
         )
     grow_vocabulary(causal_lm, num_tokens=num_tokens, added_token_ids=added_token_ids)
+    trim_last_layer(causal_lm)
     checkpoint_layers(causal_lm, section.checkpointing)
     causal_lm.train()
     model = PackedModel(causal_lm.to(device) if not _is_partitioned(causal_lm) else causal_lm)

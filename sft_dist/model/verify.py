@@ -1,6 +1,7 @@
 """Before step 1: does the packed loss equal what the model itself says of each document alone?"""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,11 +29,18 @@ class Agreement:
 def compare_with_own_logits(model: PackedModel, micro: MicroBatch) -> Agreement:
     """Run the pack through our path, and each of its documents through the model's own, eager and unpacked."""
     packed_loss = float(model(micro))
-    packed_logits = model(micro, return_logits=True).float()
-    own_logits = _own_logits(model, micro)
-    nll = torch.nn.functional.cross_entropy(own_logits, micro.targets, reduction="none")
-    error = (packed_logits - own_logits).abs().max() / own_logits.abs().max().clamp(min=1e-6)
-    return Agreement(packed_loss, float((micro.weights * nll).sum()), float(error))
+    packed_logits = model(micro, return_logits=True)
+    own_loss = error = largest = 0.0
+    for start, length in zip(accumulate(micro.document_lengths, initial=0), micro.document_lengths, strict=False):
+        inside = (micro.response_index >= start) & (micro.response_index < start + length)
+        own = _own_logits(model, micro.input_ids[:, start : start + length], micro.response_index[inside] - start)
+        if not len(own):
+            continue
+        nll = torch.nn.functional.cross_entropy(own, micro.targets[inside], reduction="none")
+        own_loss += float((micro.weights[inside] * nll).sum())
+        largest = max(largest, float(own.abs().max()))
+        error = max(error, float(own.sub_(packed_logits[inside]).abs().max()))
+    return Agreement(packed_loss, own_loss, error / max(largest, 1e-6))
 
 
 def require_own_loss(model: PackedModel, micro: MicroBatch) -> Agreement:
@@ -52,20 +60,14 @@ def require_own_loss(model: PackedModel, micro: MicroBatch) -> Agreement:
     return agreement
 
 
-def _own_logits(model: PackedModel, micro: MicroBatch) -> Tensor:
-    """The model's own logits at the pack's response positions, one document a forward: `[R,V]` fp32."""
+def _own_logits(model: PackedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """The model's own logits at some positions `[r]` of a document `[1,L]`: `[r,V]` fp32."""
     causal_lm = model.causal_lm
     packed_implementation = causal_lm.config._attn_implementation
     causal_lm.set_attn_implementation("eager")
-    rows = []
     try:
-        start = 0
-        for length in micro.document_lengths:
-            inside = (micro.response_index >= start) & (micro.response_index < start + length)
-            with torch.compiler.set_stance("force_eager"):  # the model's own, and no graphs for its masks
-                logits = causal_lm(input_ids=micro.input_ids[:, start : start + length], use_cache=False).logits[0]
-            rows.append(logits[micro.response_index[inside] - start].float())
-            start += length
+        with torch.compiler.set_stance("force_eager"):  # the model's own, and no graphs for its masks
+            logits: Tensor = causal_lm(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits[0]
+            return logits.float()
     finally:
         causal_lm.set_attn_implementation(packed_implementation)
-    return torch.cat(rows)

@@ -100,6 +100,8 @@ def test_the_script_exits_with_1_and_names_the_ratio(monkeypatch: pytest.MonkeyP
     baseline.write_text(json.dumps({QUICK: {SPEED: 4.0, MEMORY: 2.0}}))
 
     class Fixed:
+        setting = SETTINGS[QUICK]
+
         def __init__(self, *_: object) -> None: ...
 
         def measure(self, _sides: object, *, repeats: int) -> dict[str, list[Run]]:
@@ -118,6 +120,12 @@ def test_the_script_exits_with_1_and_names_the_ratio(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["cpu_vs_trl.py", "--quick", "--write-baseline"])
     cpu_vs_trl.main()
     assert json.loads(baseline.read_text()) == {QUICK: {SPEED: 2.0, MEMORY: 2.0}}
+
+
+def test_the_committed_baseline_holds_both_ratios_of_what_is_checked() -> None:
+    baseline = json.loads(BASELINE.read_text())
+    assert {"A", "B", QUICK} <= baseline.keys() <= SETTINGS.keys()
+    assert all(ratios.keys() == {SPEED, MEMORY} for ratios in baseline.values())
 
 
 # ---------------------------------------------------------------- what is measured
@@ -194,10 +202,8 @@ def test_the_shortest_pack_holds_the_longest_row_and_is_no_longer_than_needed() 
 
 
 def test_every_setting_of_trl_makes_whole_steps() -> None:
-    for side in [*SIDES.values(), *TRIED.values()]:
-        assert side.packs % side.micro == 0 if side.packs else cpu_vs_trl.EXAMPLES_PER_STEP % side.micro == 0
-    for side in SIDES.values():  # the others run on one process
-        assert (side.packs or cpu_vs_trl.EXAMPLES_PER_STEP) % (2 * side.micro) == 0
+    assert all(SETTINGS["A"].can_share(side) for side in [*SIDES.values(), *TRIED.values()])
+    assert [name for name, side in SIDES.items() if not SETTINGS["A-ranks"].can_share(side)] == ["trl-long"]
 
 
 # ---------------------------------------------------------------- where the time goes

@@ -76,9 +76,9 @@ def test_packs_of_every_size_share_one_graph_and_its_results(
 
 
 def test_windowed_and_whole_layers_have_a_graph_each(tmp_path: Path) -> None:
-    path = tiny.write_model(
-        tmp_path, use_sliding_window=True, sliding_window=8, layer_types=["full_attention", "sliding_attention"]
-    )
+    # Of three, as the last layer has no graph.
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    path = tiny.write_model(tmp_path, num_hidden_layers=3, use_sliding_window=True, sliding_window=8, layer_types=kinds)
     eager, model = load(path), compiled(path, checkpointing="full")
     for ids in PACKS[2:5]:
         micro = pack(ROWS, *ids)

@@ -29,7 +29,7 @@ data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.l
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
 -- torch below this line
 data.batch
-model.attention model.checkpointing model.compile model.kernels model.loss model.load model.verify
+model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
 engine.fragments engine.interface engine.collectives engine.local engine.zero engine.start
 optim guard
 checkpoint
