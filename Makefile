@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants bench bench-data bench-smoke bench-checkpoints faults faults-full soak soak-short slurm wheel clean
+.PHONY: demo test lint mutants bench bench-check bench-data bench-smoke bench-checkpoints faults faults-full soak soak-short slurm wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
@@ -44,7 +44,11 @@ slurm: $(VENV)/installed
 
 # Training on this CPU against TRL, with ratios: ten minutes of a quiet machine.
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/cpu_vs_trl.py
+	$(BIN)/python benchmarks/cpu_vs_trl.py --check
+
+# The ratios of one small setting against the committed ones.
+bench-check: $(VENV)/installed
+	$(BIN)/python benchmarks/cpu_vs_trl.py --quick --check
 
 bench-data: $(VENV)/installed
 	$(BIN)/python benchmarks/prepare_vs_trl.py
@@ -55,7 +59,6 @@ bench-smoke: $(VENV)/installed
 	$(BIN)/python benchmarks/prepare_vs_trl.py --rows 300 --repeats 1
 	$(BIN)/python benchmarks/prepare_scale.py --rows 2000
 	$(BIN)/python benchmarks/checkpoints.py --small --engines zero2
-	$(BIN)/python benchmarks/cpu_vs_trl.py --quick
 
 # What saving and resuming cost, on 200 million parameters: half an hour of a quiet machine at most.
 bench-checkpoints: $(VENV)/installed

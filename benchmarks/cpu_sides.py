@@ -37,8 +37,9 @@ MAX_GRAD_NORM = 1.0
 class Task:
     """What a process is to do.
 
-    kind: ours, trl, reference, or floor. examples: in a step, over all ranks. packs: of TRL in a step over all ranks,
-    each of pack_tokens; 0 for rows that are not packed. micro: packs, or rows, in a micro-batch of TRL.
+    kind: ours, trl, reference, or floor. examples: in a step, over all ranks. packs: of TRL in a step, over all ranks;
+    0 for rows that are not packed. pack_tokens: the longest pack, of ours as well. micro: packs, or rows, in a
+    micro-batch of TRL.
     settings: fields of SFTConfig, and `attention`. num_profiled: steps behind the untimed ones that are profiled.
     """
 
@@ -149,7 +150,7 @@ def run_ours(task: Task) -> Marks:
             "run": {"name": "ours", "dir": task.directory},
             "model": {"path": task.model, "dtype": "fp32"},
             "data": {"train": task.rows, "max_tokens": MAX_TOKENS, "workers": 1},
-            "batch": {"examples": task.examples},
+            "batch": {"examples": task.examples, "pack_tokens": task.pack_tokens},
             "loss": "token_mean",
             "optim": {"lr": LR, "schedule": "constant", "betas": BETAS, "eps": EPS, "max_grad_norm": MAX_GRAD_NORM},
             "train": {"epochs": task.epochs},
@@ -188,7 +189,7 @@ def run_trl(task: Task) -> Marks:
         "per_device_train_batch_size": task.micro,
         "gradient_accumulation_steps": per_step // (task.micro * world_size),
         "num_train_epochs": task.epochs,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "learning_rate": LR,
         "lr_scheduler_type": "constant",
         "adam_beta1": BETAS[0],
