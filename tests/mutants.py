@@ -240,6 +240,13 @@ MUTANTS = [
     ),
     # ------------------------------------------------------------ engines
     Mutant(
+        "DeepSpeed's throughput timer waits before each forward",
+        "engine/zero.py",
+        '"throughput": {"enabled": False}',
+        '"throughput": {"enabled": True}',
+        "distributed/test_step_traffic.py",
+    ),
+    Mutant(
         "DeepSpeed averages over ranks",
         "engine/zero.py",
         "self.deepspeed.backward(loss * self.world.size,",

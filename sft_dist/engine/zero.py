@@ -252,6 +252,8 @@ def _full_config(knobs: dict[str, Any], *, world: World, dtype: torch.dtype, max
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": sys.maxsize,
+        # It would wait for the device before each forward.
+        "timers": {"throughput": {"enabled": False}},
     }
     if dtype == torch.bfloat16:
         config |= {
