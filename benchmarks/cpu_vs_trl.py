@@ -35,7 +35,6 @@ from sft_dist.shape import ModelShape
 BASELINE = Path(__file__).with_name("baseline.json")
 ALLOWED_FALL = 0.2
 MAX_DIFFERENCE = 0.02
-NUM_ROWS = 300
 TOKENIZER_VOCAB = 4_000
 EXAMPLES_PER_STEP = 20
 # The longest row decides how short packs can be: four of them hold what 20 rows have, and two ranks share them.
@@ -46,7 +45,10 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy")
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, and the processes that train it. vocabulary: rows of the embedding; the tokenizer has 4,003 tokens."""
+    """A model, and the processes that train it.
+
+    vocabulary: rows of the embedding; the tokenizer has 4,003 tokens. num_rows: made-up rows, unless a file is given.
+    """
 
     hidden: int
     layers: int
@@ -54,6 +56,7 @@ class Setting:
     threads: int = 1
     ranks: int = 1
     epochs: int = 1
+    num_rows: int = 300
 
     @property
     def shape(self) -> ModelShape:
@@ -97,9 +100,10 @@ SETTINGS = {
     "A": A,
     "B": B,
     "A-32k": Setting(hidden=128, layers=2, vocabulary=32_768),
-    "A-152k": Setting(hidden=128, layers=2, vocabulary=151_936),
+    # Fewer rows: TRL takes half a minute for a step.
+    "A-152k": Setting(hidden=128, layers=2, vocabulary=151_936, num_rows=100),
     "B-32k": Setting(hidden=256, layers=4, vocabulary=32_768),
-    "B-152k": Setting(hidden=256, layers=4, vocabulary=151_936),
+    "B-152k": Setting(hidden=256, layers=4, vocabulary=151_936, num_rows=100),
     "A-threads": Setting(hidden=128, layers=2, threads=2, epochs=2),
     "B-threads": Setting(hidden=256, layers=4, threads=2),
     "A-ranks": Setting(hidden=128, layers=2, ranks=2, epochs=2),
@@ -110,6 +114,7 @@ BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 SIDES = {
     "ours": Side("sft_dist", kind="ours", packs=PACKS_PER_STEP // 2),
     "trl": Side("TRL, packed", packs=PACKS_PER_STEP),
+    "trl-same": Side("TRL, packed, packs as long as ours", packs=PACKS_PER_STEP // 2),
     "trl-long": Side("TRL, packed, packs as long as a step", packs=1),
     "trl-padded": Side("TRL, padded: rows of like length in twos", micro=2, settings=BY_LENGTH),
     "trl-rows": Side("TRL, one row at a time: no padding", micro=1),
@@ -117,7 +122,7 @@ SIDES = {
 }
 TRIED = {
     "trl": SIDES["trl"],
-    "2048": Side("packed, packs twice as long", packs=PACKS_PER_STEP // 2),
+    "same": SIDES["trl-same"],
     "two": Side("packed, two packs in a micro-batch", packs=PACKS_PER_STEP, micro=2),
     "eager": Side("packed, attention eager", packs=PACKS_PER_STEP, settings={"attention": "eager"}),
     "unfused": Side("packed, optim adamw_torch", packs=PACKS_PER_STEP, settings={"optim": "adamw_torch"}),
@@ -203,11 +208,8 @@ def main() -> None:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="cpu-vs-trl-") as directory:
         work = Path(directory)
-        file = options.file.resolve() if options.file else work / "rows.jsonl"
-        if not options.file:
-            write_alpaca(file, num_rows=NUM_ROWS)
         for name in options.settings:
-            bench = Bench(name, SETTINGS[name], file, work / name)
+            bench = Bench(name, SETTINGS[name], work / name, file=options.file and options.file.resolve())
             shared = {side: sides[side] for side in sides if bench.setting.can_share(sides[side])}
             runs = bench.measure(shared, repeats=options.repeats)
             print(bench.report(runs, shared, explain=not (options.tried or name == QUICK)), flush=True)
@@ -263,8 +265,12 @@ def middle(runs: Sequence[Run], of: Callable[[Run], float]) -> float:
 class Bench:
     """One setting, measured in a directory of its own."""
 
-    def __init__(self, name: str, setting: Setting, file: Path, directory: Path) -> None:
+    def __init__(self, name: str, setting: Setting, directory: Path, *, file: Path | None) -> None:
+        """file: an Alpaca file to train on instead of made-up rows."""
         directory.mkdir()
+        if file is None:
+            file = directory / "rows.jsonl"
+            write_alpaca(file, num_rows=setting.num_rows)
         self.name, self.setting, self._directory = name, setting, directory
         self._model = write_model(directory / "model", setting)
         self.rows = Rows(file, row_lengths(file, self._model))

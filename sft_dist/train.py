@@ -30,6 +30,7 @@ from sft_dist.engine.interface import Engine
 from sft_dist.engine.start import start_engine
 from sft_dist.errors import CheckpointError, ConfigError, SftDistError
 from sft_dist.evaluate import HeldOutSet, evaluating
+from sft_dist.freed_pages import keep_freed_pages
 from sft_dist.job import Job, ResumeOptions, plan_job
 from sft_dist.loop import measure_held_out, train_loop
 from sft_dist.metrics import (
@@ -78,6 +79,8 @@ def run(recipe: Recipe, *, console: Console, resume: ResumeOptions | None = None
     """Prepare, train, export. Everything that can be refused is refused before the process group forms."""
     quiet_libraries()
     job = plan_job(recipe, console=console, resume=resume or ResumeOptions())
+    if job.device.type == "cpu":
+        keep_freed_pages()
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(recipe.run.seed)

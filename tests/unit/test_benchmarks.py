@@ -102,7 +102,7 @@ def test_the_script_exits_with_1_and_names_the_ratio(monkeypatch: pytest.MonkeyP
     class Fixed:
         setting = SETTINGS[QUICK]
 
-        def __init__(self, *_: object) -> None: ...
+        def __init__(self, *_: object, **__: object) -> None: ...
 
         def measure(self, _sides: object, *, repeats: int) -> dict[str, list[Run]]:
             return {"ours": [replace(RUN, cpu_s=5.0)], "trl": [replace(RUN, peak_bytes=1200)]}

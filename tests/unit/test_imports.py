@@ -14,7 +14,7 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors shape redact run_files config console durable package_files quiet world
+errors shape redact run_files config console durable package_files quiet freed_pages world
 machine accelerate_config engine_choice
 submit
 commits run_record heartbeat rank_log hang watchdog
