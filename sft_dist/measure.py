@@ -45,6 +45,8 @@ from sft_dist.task_scores import task_scores, worst_answers
 from sft_dist.world import World, read_world
 
 LINE_EVERY_S = 15.0
+WAIT_S = 6 * 3600.0
+"""Ranks meet when all have answered; when one dies, the launcher ends the others."""
 AFTER, BEFORE = "model", "base"
 """What the files of answers are called: of the exported model, and of the one that the training began with."""
 
@@ -131,7 +133,7 @@ def _plan(recipe: Recipe, console: Console) -> Task:
             max_positions=num_positions(read_config(recipe.model)),
         )
         require_scorable(questions.asked, recipe.evaluate)
-    join_process_group(world, device, timeout_s=recipe.train.timeout_s, needed=False)
+    join_process_group(world, device, timeout_s=WAIT_S, needed=False)
     found = [found.store.fingerprint for found in sets]
     require_agreement(f"{found} {fingerprint_answers(questions.asked)}", world=world, device=device)
     return Task(recipe, world, device, sets, questions, tokenizer, console)

@@ -136,6 +136,17 @@ def test_scores_follow_new_metrics_without_new_answers(recipe: Path, capsys: pyt
     assert "has no number, and the task 'odd' is scored as numeric" in capsys.readouterr().err
 
 
+def test_named_sets_are_prepared_and_inspected(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prepare", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    assert "held out clinic" in printed
+    assert "held out general" in printed
+    assert cli.main(["inspect", str(recipe), "--set", "general"]) == 0
+    assert "general.jsonl" in capsys.readouterr().out
+    assert cli.main(["inspect", str(recipe), "--set", "other"]) == 2
+    assert "--set other: data.held_out has the sets clinic, general" in capsys.readouterr().err
+
+
 def test_two_evaluations_are_compared(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", str(recipe), "--before"]) == 0
     capsys.readouterr()

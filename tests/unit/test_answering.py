@@ -72,6 +72,7 @@ def test_the_trained_model_is_as_it_was_and_its_weights_are_shared(directory: Pa
         with torch.no_grad():
             model.head.weight.mul_(2)
         assert torch.allclose(answering(input_ids=torch.tensor([PROMPTS[0]])).logits, 2 * before)
+        Answerer(answering, ChatTokenizer.load(directory), device=CPU).answer_batch(PROMPTS, SAMPLING)
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.causal_lm.config._attn_implementation == implementation
@@ -94,7 +95,7 @@ class Echo:
         return [f"to {prompt[-1]}" for prompt in prompts]
 
 
-QUESTIONS = [Question("s", f"d:{i}", "t", (), "", tuple(range(5 - i)) + (i,)) for i in range(5)]
+QUESTIONS = [Question("s", f"d:{i}", "t", (), "", (*range(5 - i), i)) for i in range(5)]
 
 
 def test_an_evaluation_that_goes_on_answers_whole_batches_that_lack_an_answer() -> None:
