@@ -60,9 +60,9 @@ def print_tasks(tasks: Mapping[str, TaskScore], console: Console) -> None:
         cells += [_p_value(task.before)] * has_before
         table.add_row(*map(Text, cells))
     if len(tasks) > 1:
-        before = [task.before.score for task in tasks.values() if task.before is not None]
+        before = mean_score(task.before for task in tasks.values() if task.before is not None)
         cells = ["mean of tasks", "", f"{sum(task.n for task in tasks.values()):,}"] + [""] * has_constant
-        cells += [f"{sum(before) / len(before):.1%}"] * has_before + [f"{mean_score(tasks.values()):.1%}", ""]
+        cells += [f"{before:.1%}"] * has_before + [f"{mean_score(tasks.values()):.1%}", ""]
         table.add_row(*map(Text, cells + [""] * has_before), style="bold")
     console.print(table)
     for line in _remarks(tasks):

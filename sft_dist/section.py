@@ -18,6 +18,6 @@ class Section(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and "on" in get_args(annotation):
             return "on" if value else "off"
-        if isinstance(value, bool) and annotation is not bool:
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             raise ValueError("true and false are no values of this key")
         return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value

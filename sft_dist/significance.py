@@ -35,9 +35,9 @@ def wilson(num_right: float, num_answers: int) -> tuple[float, float]:
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int) -> tuple[float, float]:
-    """The 95% interval of a mean: percentiles of the means of samples drawn with replacement."""
+    """The 95% interval of a mean: percentiles of the means of samples drawn with replacement. One value says nothing."""
     scores = np.asarray(values, dtype=np.float64)
-    if not len(scores):
+    if len(scores) < 2:
         return 0.0, 1.0
     rng = np.random.default_rng(seed)
     means = [scores[rng.integers(len(scores), size=(rows, len(scores)))].mean(axis=1) for rows in _blocks(len(scores))]

@@ -80,7 +80,7 @@ def task_scores(
     }
 
 
-def mean_score(tasks: Iterable[TaskScore]) -> float:
+def mean_score(tasks: Iterable[TaskScore | Earlier]) -> float:
     """The mean over tasks, each counting the same; NaN for none."""
     scores = [task.score for task in tasks]
     return math.fsum(scores) / len(scores) if scores else math.nan

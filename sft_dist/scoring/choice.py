@@ -33,7 +33,7 @@ def score_choice(answer: str, truth: str, *, prompt: str, marker: str = "Answer:
     options = options_in(prompt)
     if not truth.strip():
         raise TruthError("is empty")
-    expected = _choice(truth, options, marker)
+    expected = _leading(truth, options, marker) or _named(truth, options)
     words = words_of(answer)
     if expected is None:
         same = _plain(words) == _plain(truth)
@@ -47,10 +47,8 @@ def score_choice(answer: str, truth: str, *, prompt: str, marker: str = "Answer:
 def _choice(text: str, options: dict[str, str], marker: str) -> str | None:
     """The letter that a text chooses; None where it chooses none or several."""
     text = _DECORATION.sub("", text)
-    behind, _ = after_marker(text, marker)
-    for part in dict.fromkeys((behind, text)):
-        if (leading := _LEADING.match(part)) is not None and _is_option(leading[1], options):
-            return leading[1].upper()
+    if (leading := _leading(text, options, marker)) is not None:
+        return leading
     said = {letter.upper() for letter in _SAID.findall(text) if _is_option(letter, options) and letter.isupper()}
     if said:
         return said.pop() if len(said) == 1 else None
@@ -58,6 +56,20 @@ def _choice(text: str, options: dict[str, str], marker: str) -> str | None:
     alone = {letter for letter in alone if _is_option(letter, options)}
     if alone:
         return alone.pop() if len(alone) == 1 else None
+    return _named(text, options)
+
+
+def _leading(text: str, options: dict[str, str], marker: str) -> str | None:
+    """The letter that a text begins with, or that stands behind the marker. A truth says it in no other form."""
+    behind, _ = after_marker(text, marker)
+    for part in dict.fromkeys((behind, text)):
+        if (leading := _LEADING.match(part)) is not None and _is_option(leading[1], options):
+            return leading[1].upper()
+    return None
+
+
+def _named(text: str, options: dict[str, str]) -> str | None:
+    """The one option whose own text is in the text."""
     plain = f" {_plain(text)} "
     named = [letter for letter, option in options.items() if f" {_plain(option)} " in plain]
     return named[0] if len(named) == 1 else None

@@ -43,7 +43,7 @@ _POWER_OF_TEN = re.compile(
     r"\s*[x\u00d7*]\s*10(?:\^|\*\*)?\s*([-+\u2212]?\d{1,3}|\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)"
 )
 _SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
-_TO = re.compile(r"\s*(?:-|\u2013|\u2014|\u2212|\bto\b)\s*(?=[\d.+])")
+_TO = re.compile(r"(?:\s*(?:\u2013|\u2014|\bto\b)\s*|[-\u2212]|\s+[-\u2212]\s+)(?=[\d.+])")  # 5 -3 are two numbers
 
 
 def quantities_in(text: str, *, decimal: Literal["point", "comma"] = "point") -> list[Quantity]:

@@ -60,7 +60,7 @@ def test_the_prompt_is_all_before_the_last_answer_and_rows_name_their_task(tmp_p
         {"messages": turns("ab", "cd"), "task": "qa"},
         {"messages": turns("ab", "cd", "ef", "gh"), "task": 7},
         {"messages": turns("ab", "cd", "ef")},
-        {"messages": turns("ab", "<think>q</think> z")},
+        {"messages": turns("ab", "z")},
         {"instruction": "ab", "output": "cd"},
     ]
     held_out = write_rows(tmp_path / "h.jsonl", *rows[:4])
@@ -87,8 +87,11 @@ def test_named_sets_are_asked_apart_and_a_nested_field_can_name_the_task(tmp_pat
     assert recipe.set_names == ("clinic", "general")
     assert [question.set_name for question in found.asked] == ["clinic"] * 3 + ["general"] * 2
     assert [question.task for question in found.asked[3:]] == ["ke", "kf"]
-    again = ask(tmp_path, held_out={"clinic": one}, evaluate={"task_field": "meta.kind", "seed": 4}, limit=3)[1]
-    assert {q.id for q in again.asked} != {q.id for q in found.asked[:3]}, "another seed, another subset"
+    subsets = {
+        tuple(q.id for q in ask(tmp_path, held_out={"clinic": one}, evaluate={"seed": seed}, limit=2)[1].asked)
+        for seed in (*range(5), 0)
+    }
+    assert 1 < len(subsets) <= 5, "another seed, another subset; the same seed, the same"
 
 
 def test_a_held_out_share_asks_the_rows_that_are_not_trained(tmp_path: Path, model: Path) -> None:
@@ -105,7 +108,7 @@ def test_prompts_that_are_too_long_are_counted_or_refused(tmp_path: Path, model:
     _, found = ask(tmp_path, held_out=held_out, max_tokens=8, too_long="truncate")
     assert (len(found.asked), found.left_out) == (1, {"held_out": {"prompt_too_long": 1}})
     with pytest.raises(
-        ConfigError, match=r"evaluate.max_new_tokens=256 and the longest prompt, of 14 tokens .*h.jsonl:1"
+        ConfigError, match=r"evaluate.max_new_tokens=256 and the longest prompt, of 15 tokens .*h.jsonl:1"
     ):
         ask(tmp_path, held_out=held_out, positions=260)
 

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_dist.errors import DataError
@@ -79,7 +79,7 @@ def test_whatever_is_written_is_read(value: float, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "truth", "settings"),
+    ("answer", "truth", "options"),
     [
         ("67", "64 mL/min", {"relative": 0.05}),  # 67.2 is 5% above
         ("60.8", "64 mL/min", {"relative": 0.05}),
@@ -104,12 +104,12 @@ def test_whatever_is_written_is_read(value: float, unit: str) -> None:
         ("64 whatever", "64 mL/min", {}),
     ],
 )
-def test_numbers_that_are_right(answer: str, truth: str, settings: dict[str, object]) -> None:
-    assert score_numeric(answer, truth, **settings).value == 1, score_numeric(answer, truth, **settings)  # type: ignore[arg-type]
+def test_numbers_that_are_right(answer: str, truth: str, options: dict[str, object]) -> None:
+    assert score_numeric(answer, truth, **options).value == 1, score_numeric(answer, truth, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("answer", "truth", "settings", "why"),
+    ("answer", "truth", "options", "why"),
     [
         ("67.3", "64 mL/min", {"relative": 0.05}, "+5.2%"),
         ("64.1", "64", {}, "64.1, expected 64"),
@@ -123,8 +123,8 @@ def test_numbers_that_are_right(answer: str, truth: str, settings: dict[str, obj
         ("64 * 1", "64", {}, "1, expected 64"),  # parsed, not evaluated: the last number
     ],
 )
-def test_numbers_that_are_wrong(answer: str, truth: str, settings: dict[str, object], why: str) -> None:
-    score = score_numeric(answer, truth, **settings)  # type: ignore[arg-type]
+def test_numbers_that_are_wrong(answer: str, truth: str, options: dict[str, object], why: str) -> None:
+    score = score_numeric(answer, truth, **options)  # type: ignore[arg-type]
     assert score.value == 0
     assert why in score.why
 
@@ -164,6 +164,9 @@ def test_another_choice_several_or_none_are_wrong(answer: str) -> None:
 def test_a_label_without_options_is_compared_as_text() -> None:
     assert score_choice("Stage 2 hypertension.", "stage 2 hypertension", prompt="Which stage?").value == 1
     assert score_choice("Stage 1 hypertension", "stage 2 hypertension", prompt="Which stage?").value == 0
+    assert score_choice("vitamin d deficiency", "Vitamin D deficiency", prompt="Which?").value == 1
+    assert score_choice("Hepatitis D", "Hepatitis B", prompt="Which?").value == 0, "a letter in a name is no choice"
+    assert score_choice("C", "Myocardial infarction", prompt=PROMPT).value == 1
 
 
 # ---------------------------------------------------------------- dates
@@ -248,6 +251,7 @@ def longest_common(a: list[str], b: list[str]) -> int:
     return max(longest_common(a[:-1], b), longest_common(a, b[:-1]))
 
 
+@settings(deadline=None)  # the first summary imports the library
 @given(st.lists(st.sampled_from("abc"), max_size=6), st.lists(st.sampled_from("abc"), min_size=1, max_size=6))
 def test_rouge_l_is_the_longest_common_subsequence(answer: list[str], truth: list[str]) -> None:
     common = longest_common(answer, truth)
@@ -275,8 +279,8 @@ def test_a_truth_that_its_metric_cannot_compare_is_an_error(metric: str, truth: 
 
 
 def test_settings_of_a_task_reach_its_metric() -> None:
-    def score(answer: str, truth: str, **settings: object) -> float:
-        return score_answer(answer, truth, TaskSection(**settings), prompt=PROMPT, name="x", where="").value  # type: ignore[arg-type]
+    def score(answer: str, truth: str, **options: object) -> float:
+        return score_answer(answer, truth, TaskSection(**options), prompt=PROMPT, name="x", where="").value  # type: ignore[arg-type]
 
     assert score("67", "64", metric="numeric", relative=0.05) == 1
     assert score("64", "64 mg", metric="numeric", unit="required") == 0

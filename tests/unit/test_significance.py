@@ -66,6 +66,7 @@ def test_a_bootstrapped_mean_has_the_width_of_its_standard_error() -> None:
     )
     assert (low, high) == bootstrap_mean(values, seed=0)
     assert bootstrap_mean([0.5] * 9, seed=0) == (0.5, 0.5)
+    assert bootstrap_mean([0.5], seed=0) == (0, 1)
 
 
 def test_the_kind_of_score_decides_interval_and_test() -> None:
