@@ -10,8 +10,10 @@ from rich.text import Text
 
 from sft_dist import __version__
 from sft_dist.checkpoint import Continuation
+from sft_dist.config import HELD_OUT
 from sft_dist.data.conversation import Origin
 from sft_dist.data.draws import count_shared_prompts
+from sft_dist.data.held_out import HeldOut
 from sft_dist.data.schedule import CostModel, Schedule, dominated_steps, global_batches
 from sft_dist.job import Job
 from sft_dist.model.load import PackedModel, dropout_rates
@@ -53,8 +55,12 @@ def show_banner(
         "check": f"packed loss {agreement.packed_loss:.6f}, "
         f"the model's own document by document {agreement.own_loss:.6f}",
     }
-    if job.held_out_store is not None:
-        lines["held out"] = _held_out(job)
+    for held_out in job.held_out:
+        named = f" {held_out.name}" * (held_out.name != HELD_OUT)
+        lines[f"held out{named}"] = _held_out(held_out, job)
+    if job.questions:
+        every = recipe.evaluate.generate_every if recipe.evaluate else None
+        lines["answers"] = f"to {len(job.questions):,} held-out prompts, every {every} steps and after the last"
     if dropout := ", ".join(f"{key}={rate}" for key, rate in dropout_rates(job.model_config).items()):
         lines["dropout"] = f"{dropout}: the curve is the same only for the same engine, processes and pack_tokens"
     table = Table.grid(padding=(0, 2))
@@ -113,15 +119,14 @@ def _continuation(continuation: Continuation) -> Iterator[tuple[str, str]]:
         yield "changed", f"{text}; steps that are trained again are compared with what they were"
 
 
-def _held_out(job: Job) -> str:
+def _held_out(held_out: HeldOut, job: Job) -> str:
     """What is measured and not trained; a warning instead where files share prompts with the training data."""
-    assert job.held_out_store is not None
     if share := job.recipe.data.held_out_share:
-        return f"{len(job.held_out_ids):,} of {len(job.store):,} examples (data.held_out_share={share:g}), by prompt"
-    num_shared, num_prompts = count_shared_prompts(job.store.prompt_hash, job.held_out_store.prompt_hash)
+        return f"{len(held_out.ids):,} of {len(job.store):,} examples (data.held_out_share={share:g}), by prompt"
+    num_shared, num_prompts = count_shared_prompts(job.store.prompt_hash, held_out.store.prompt_hash)
     if num_shared:
         return f"warning: {num_shared:,} of {num_prompts:,} prompts are also trained on; see sft-dist lint"
-    return f"{len(job.held_out_ids):,} examples, no prompt of them trained on"
+    return f"{len(held_out.ids):,} examples, no prompt of them trained on"
 
 
 def _name(dtype: object) -> str:

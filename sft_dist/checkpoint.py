@@ -341,8 +341,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
             if isinstance(values, dict)
             else {section: values}
         )
-    for part in ("data.train", "data.held_out"):
-        sources = flat.pop(part)
+    held_out = {f"data.held_out.{name}": sources for name, sources in flat.pop("data.held_out").items()}
+    for part, sources in {"data.train": flat.pop("data.train"), **held_out}.items():
         flat |= {f"{part}.{key}": [source[key] for source in sources] for key in (sources[0] if sources else ())}
     flat["train.epochs"] = flat["train.epochs"] or 1  # what is meant where nothing is said; nothing beside train.steps
     if not flat["data.held_out_share"]:
@@ -393,14 +393,21 @@ def continued(found: RunState, now: RunState, *, allow_change: bool, path: Path)
     segments = found.segments
     if changes.new_draws:
         segments = (*segments, replace(now.segment, after_step=found.step))
-    here = replace(found, curve=now.curve, layout=now.layout, code=now.code, segments=segments)
+    here = replace(found, curve=now.curve, layout=now.layout, code=now.code, segments=segments, best_by=now.best_by)
     # Losses of another curve are no measure of a spike, and what it withheld does not count against this one.
     return replace(here, recent_losses=(), withheld_in_a_row=0) if changes.curve else here
 
 
-def first_state(*, curve: dict[str, Any], segment: Segment, layout: dict[str, Any], code: dict[str, str]) -> RunState:
+def first_state(
+    *,
+    curve: dict[str, Any],
+    segment: Segment,
+    layout: dict[str, Any],
+    code: dict[str, str],
+    best_by: str | None = None,
+) -> RunState:
     """The state before step 1."""
-    return RunState(step=0, num_updates=0, curve=curve, segments=(segment,), layout=layout, code=code)
+    return RunState(step=0, num_updates=0, curve=curve, segments=(segment,), layout=layout, code=code, best_by=best_by)
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -177,6 +177,7 @@ def _add_data_verbs(verbs: "Verbs") -> None:
         "--random", type=_count_from(0), metavar="K", help="random examples to show (default: 1; 3 on a page)"
     )
     inspect.add_argument("--held-out", action="store_true", help="the held-out data instead of the training data")
+    inspect.add_argument("--set", metavar="NAME", help="this one of several held-out sets (default: the first)")
     inspect.add_argument(
         "--world-size", type=_count_from(1), default=1, metavar="N", help="lay packs out for N processes (default: 1)"
     )
@@ -207,12 +208,7 @@ def _add_other_verbs(verbs: "Verbs") -> None:
     config.add_argument("--list", action="store_true", help="list the recipes that come with the package")
     config.set_defaults(verb=_config)
 
-    _recipe_verb(
-        verbs,
-        "evaluate",
-        _evaluate,
-        "held-out loss of a finished run's model, into <run>/evaluation.json",
-    )
+    _add_evaluate(verbs)
 
     generate = verbs.add_parser("generate", help="chat with an exported model")
     generate.add_argument("model", type=Path, help="an exported model, e.g. runs/<name>/model")
@@ -230,6 +226,20 @@ def _add_other_verbs(verbs: "Verbs") -> None:
     demo.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
     demo.add_argument("--examples", type=int, help="write this many training examples, and an eighth to hold out")
     demo.set_defaults(verb=_demo)
+
+
+def _add_evaluate(verbs: "Verbs") -> None:
+    text = "a finished run's model on held-out data: loss, answers, scores by task, into <run>/evaluation.json"
+    evaluate = verbs.add_parser("evaluate", help=text)
+    evaluate.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluate.max_examples=100")
+    choice = evaluate.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--before", action="store_true", help="evaluate model.path too, once, and say what changed and how surely"
+    )
+    text = "two runs, or files of scored answers, on the prompts that both answered"
+    choice.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help=text)
+    evaluate.set_defaults(verb=_evaluate)
 
 
 def _recipe_verb(
@@ -418,7 +428,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from sft_dist.config import load_recipe
+    from sft_dist.config import HELD_OUT, load_recipe
     from sft_dist.console import make_console
     from sft_dist.data.inspect import summary
     from sft_dist.data.prepare import open_or_prepare
@@ -426,10 +436,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
     console = make_console()
-    for name, sources in (("train", recipe.data.train), ("held out", recipe.data.held_out)):
-        if sources:
-            console.print(f"[bold]{name}[/bold]")
-            summary(open_or_prepare(recipe, sources, console=console), console)
+    held_out = {f"held out {name}" * (name != HELD_OUT) or "held out": s for name, s in recipe.data.held_out.items()}
+    for name, sources in {"train": recipe.data.train, **held_out}.items():
+        console.print(f"[bold]{name}[/bold]")
+        summary(open_or_prepare(recipe, sources, console=console), console)
     if arguments.with_model:
         section = recipe.model
         print(f"model: {fetch_model(section.path, section.revision, with_code=section.trust_remote_code)}")
@@ -447,7 +457,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from sft_dist.errors import ConfigError
 
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
-    sources = recipe.data.held_out if arguments.held_out else recipe.data.train
+    sources = recipe.data.train
+    if arguments.held_out or arguments.set is not None:
+        sets = recipe.data.held_out
+        if arguments.set is not None and arguments.set not in sets:
+            raise ConfigError(f"--set {arguments.set}: data.held_out has the sets {', '.join(sets) or 'none'}")
+        sources = sets[arguments.set] if arguments.set is not None else next(iter(sets.values()), ())
     if not sources:
         also = "; rows that data.held_out_share holds out are among those shown without --held-out"
         raise ConfigError(
@@ -469,13 +484,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
         with_extremes=bool(arguments.html or not asked),
     )
     layout: Layout | str = "Packs are laid out for the training data."
-    if not arguments.held_out:
+    if sources is recipe.data.train:
         try:
             layout = lay_out(recipe, store, world_size=arguments.world_size)
         except ConfigError as error:  # what training will refuse can still be looked at
             layout = f"Packs cannot be laid out: {error}"
     if arguments.html:
-        part = "held-out data" if arguments.held_out else "training data"
+        part = "training data" if sources is recipe.data.train else "held-out data"
         write_page(arguments.html, recipe, store, samples, layout=layout, part=part)
     else:
         show_samples(store, samples, console)
@@ -510,7 +525,7 @@ def _lint(arguments: argparse.Namespace) -> int:
         data = DataSection(train=tuple(Source(path=word) for word in words))
     report = lint(
         data.train,
-        (*data.held_out, *(Source(path=path) for path in arguments.held_out)),
+        (*data.held_out_sources, *(Source(path=path) for path in arguments.held_out)),
         turns=data.turns,
         difficulty_field=data.difficulty_field,
         held_out_share=data.held_out_share,
@@ -543,18 +558,37 @@ def _config(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from sft_dist.config import load_recipe
+    from sft_dist.console import make_console
+    from sft_dist.errors import ConfigError
 
+    if arguments.compare is not None:
+        from sft_dist.comparison import compare, print_comparison
+
+        if arguments.recipe is not None:
+            raise ConfigError(f"{arguments.recipe}: --compare reads answers that are there and takes no recipe")
+        print_comparison(compare(*arguments.compare), make_console())
+        return 0
+    if arguments.recipe is None:
+        raise ConfigError("name a recipe, or two runs with --compare")
+
+    from sft_dist.world import stop_when_orphaned
+
+    stop_when_orphaned()
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
 
-    from sft_dist.console import make_console
+    from sft_dist.engine.collectives import leave_process_group
+    from sft_dist.evaluation_report import print_evaluation
     from sft_dist.measure import evaluate_run
 
-    found = evaluate_run(recipe, console=make_console())
-    print(
-        f"{found.model}: {found.examples:,} held-out examples, {found.response_tokens:,} response tokens\n"
-        f"loss per example {found.example_mean:.4f}, per token {found.token_mean:.4f}, "
-        f"perplexity {found.perplexity:,.2f} ({found.dtype}, {found.seconds:.0f} s)"
-    )
+    try:
+        evaluation = evaluate_run(recipe, console=make_console(), before=arguments.before)
+    except SftDistError as error:
+        _say(error)  # before the group is left, which may take long when a peer has died
+        return error.exit_code
+    finally:
+        leave_process_group()
+    if _is_main():
+        print_evaluation(evaluation, make_console())
     return 0
 
 
@@ -562,7 +596,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from sft_dist.data.conversation import Message
     from sft_dist.generate import Answerer, Sampling
 
-    answerer = Answerer(arguments.model)
+    answerer = Answerer.load(arguments.model)
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
     history = [Message("system", arguments.system, train=False)] if arguments.system else []
     while True:

@@ -49,7 +49,8 @@ class RunState:
 
     step: last step done, applied or withheld. num_updates: steps applied. curve: what decides the loss curve, by key of
     the recipe. layout, code: what does not decide it, reported when it changed. segments: the last is drawn from now.
-    loss: of the step. held_out_loss: if it was measured after this step. recent_losses: of the last applied steps.
+    loss: of the step. held_out_loss: of the first set, if measured after this step. best_by: what train.keep_best
+    compares instead; best_value: that, after this step, more being better. recent_losses: of the last applied steps.
     """
 
     step: int
@@ -60,12 +61,21 @@ class RunState:
     code: dict[str, str] = field(default_factory=dict)
     loss: float | None = None
     held_out_loss: float | None = None
+    best_by: str | None = None
+    best_value: float | None = None
     withheld_in_a_row: int = 0
     recent_losses: tuple[float, ...] = ()
 
     @property
     def segment(self) -> Segment:
         return self.segments[-1]
+
+    @property
+    def merit(self) -> float | None:
+        """What the best checkpoints have most of; None if it was not measured after this step."""
+        if self.best_by is not None:
+            return self.best_value
+        return None if self.held_out_loss is None else -self.held_out_loss
 
     def after(self, loss: float, *, applied: bool) -> "RunState":
         """The state one step later; a withheld step advances too."""
@@ -75,6 +85,7 @@ class RunState:
             num_updates=self.num_updates + applied,
             loss=loss if applied else None,
             held_out_loss=None,
+            best_value=None,
             withheld_in_a_row=0 if applied else self.withheld_in_a_row + 1,
             recent_losses=(*self.recent_losses, loss)[-NUM_RECENT:] if applied else self.recent_losses,
         )
@@ -169,8 +180,8 @@ def commit(writing: Path, manifest: Mapping[str, Any]) -> Path:
 def prune(directory: Path, *, keep: int, keep_every: int | None, keep_best: int) -> list[str]:
     """Delete what need not be kept, after a newer commit. Returns what could not be deleted: no reason to stop.
 
-    keep: the newest so many. keep_every: those at multiples of it. keep_best: those with the least held-out loss among
-    those of the newest one's curve.
+    keep: the newest so many. keep_every: those at multiples of it. keep_best: those with the most merit among those of
+    the newest one's curve, and by its measure.
     """
     every = committed(directory)
     keeping = set(every[-keep:]) | {path for path in every if keep_every and step_of(path) % keep_every == 0}
@@ -178,11 +189,12 @@ def prune(directory: Path, *, keep: int, keep_every: int | None, keep_best: int)
         states = {path: state for path in every if (state := _state_or_none(path)) is not None}
         newest = list(states.values())[-1:]
         measured = [
-            (state.held_out_loss, state.step, path)
+            (-state.merit, state.step, path)
             for path, state in states.items()
-            if state.held_out_loss is not None
-            and math.isfinite(state.held_out_loss)
-            and [(state.curve, state.segments)] == [(last.curve, last.segments) for last in newest]
+            if state.merit is not None
+            and math.isfinite(state.merit)
+            and [(state.curve, state.segments, state.best_by)]
+            == [(last.curve, last.segments, last.best_by) for last in newest]
         ]
         keeping |= {path for *_, path in sorted(measured)[:keep_best]}
     failed = []

@@ -6,26 +6,24 @@ buffer sizes (`configs/deepspeed/*.json` do). Unknown keys are refused with the 
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from sft_dist.errors import ConfigError
+from sft_dist.evaluate_section import EvaluateSection
 from sft_dist.redact import redacted_tree
+from sft_dist.section import Section
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 EngineName = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -35,6 +33,9 @@ RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt
 
 ORDERS = ("shuffle", "source", "response_length")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+HELD_OUT = "held_out"
+"""The one held-out set of a recipe that names none."""
 
 
 def _run_name(name: str) -> str:
@@ -52,23 +53,6 @@ def _order(order: str) -> str:
 
 
 Order = Annotated[str, AfterValidator(_order)]
-
-
-class Section(BaseModel):
-    """A part of the recipe. Frozen: a run never changes its own recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is no number, `~/x` is the home directory everywhere, and YAML takes a bare `on` for `true`."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and "on" in get_args(annotation):
-            return "on" if value else "off"
-        if isinstance(value, bool) and annotation is not bool:
-            raise ValueError("true and false are no values of this key")
-        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 class RunSection(Section):
@@ -139,7 +123,11 @@ class Source(Section):
 
 class DataSection(Section):
     train: tuple[Source, ...] = Field(min_length=1, description="what is trained on")
-    held_out: tuple[Source, ...] = Field((), description="what the loss is measured on during the run; never trained")
+    held_out: dict[str, tuple[Source, ...]] = Field(
+        default_factory=dict,
+        description="what is measured and never trained: sources as in data.train, which are the set `held_out`, or "
+        "several named sets of them; the first one decides which checkpoint is best unless evaluate.keep_best_by does",
+    )
     held_out_share: float = Field(
         0.0,
         ge=0,
@@ -185,12 +173,35 @@ class DataSection(Section):
             raise ValueError("give either data.held_out or data.held_out_share")
         return self
 
-    @field_validator("train", "held_out", mode="before")
+    @property
+    def held_out_sources(self) -> tuple[Source, ...]:
+        """The sources of all held-out sets."""
+        return tuple(source for sources in self.held_out.values() for source in sources)
+
+    @field_validator("train", mode="before")
     @classmethod
     def _paths_are_sources(cls, value: Any) -> Any:
         """Accept `train: data.jsonl` and `train: [a.jsonl, {path: b, weight: 2}]`."""
         entries = value if isinstance(value, (list, tuple)) else [value]
         return tuple({"path": entry} if isinstance(entry, (str, Path)) else entry for entry in entries)
+
+    @field_validator("held_out", mode="before")
+    @classmethod
+    def _one_set_or_several(cls, value: Any) -> Any:
+        """Accept what `train` does, and `held_out: {clinic: a.jsonl, general: [b.jsonl]}`."""
+        is_source = isinstance(value, dict) and "path" in value and not isinstance(value["path"], (dict, list))
+        sets = value if isinstance(value, dict) and not is_source else {HELD_OUT: value} if value else {}
+        return {name: cls._paths_are_sources(sources) for name, sources in sets.items()}
+
+    @field_validator("held_out")
+    @classmethod
+    def _sets_are_named_and_not_empty(cls, sets: dict[str, tuple[Source, ...]]) -> dict[str, tuple[Source, ...]]:
+        for name, sources in sets.items():
+            if not SET_NAME.fullmatch(name):
+                raise ValueError(f"the set {name!r}: use letters, digits, '.', '_' and '-', at most 40 characters")
+            if not sources:
+                raise ValueError(f"the set {name!r} has no source")
+        return sets
 
 
 class BatchSection(Section):
@@ -248,7 +259,9 @@ class TrainSection(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, description="older ones are deleted after a newer one is committed")
     keep_every: int | None = Field(None, ge=1, description="keep those of every so many steps for ever")
-    keep_best: int = Field(0, ge=0, description="keep so many with the least held-out loss, measured at their step")
+    keep_best: int = Field(
+        0, ge=0, description="keep so many with the best held-out loss, or score, measured at their step"
+    )
     max_withheld: int = Field(10, ge=1, description="stop when so many updates in a row had to be withheld")
     spike_guard: float | None = Field(
         None, gt=1, description="withhold an update whose loss is above so many times the median of the last 32"
@@ -261,8 +274,6 @@ class TrainSection(Section):
     def _one_length(self) -> "TrainSection":
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give either train.epochs or train.steps")
-        if self.keep_best and self.eval_every is None:
-            raise ValueError("train.keep_best needs train.eval_every: it keeps what the held-out loss calls best")
         if self.deepspeed is not None and not self.engine.startswith("zero"):
             raise ValueError(f"train.deepspeed is a file for the zero engines, and train.engine is {self.engine}")
         return self
@@ -286,7 +297,32 @@ class Recipe(Section):
     )
     optim: OptimSection
     train: TrainSection = Field(default_factory=TrainSection)
+    evaluate: EvaluateSection | None = Field(
+        None, description="answers generated to the prompts of held-out data and scored; without it, the loss alone"
+    )
     wandb: WandbSection | None = None
+
+    @model_validator(mode="after")
+    def _what_is_best_is_measured(self) -> "Recipe":
+        evaluate = self.evaluate or EvaluateSection()
+        best = evaluate.best
+        if best.set_name is not None and best.set_name not in self.set_names:
+            raise ValueError(
+                f"evaluate.keep_best_by={best} names the set {best.set_name!r}; "
+                f"data.held_out has {', '.join(self.set_names) or 'none'}"
+            )
+        if self.train.keep_best and best.is_loss and self.train.eval_every is None:
+            raise ValueError("train.keep_best needs train.eval_every: it keeps what the held-out loss calls best")
+        if self.train.keep_best and not best.is_loss and evaluate.generate_every is None:
+            raise ValueError(f"train.keep_best by {best} needs evaluate.generate_every: scores are of answers")
+        if evaluate.generate_every is not None and not self.set_names:
+            raise ValueError("evaluate.generate_every needs data.held_out or data.held_out_share: prompts to answer")
+        return self
+
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """The held-out sets by name; the first one decides unless evaluate.keep_best_by says otherwise."""
+        return tuple(self.data.held_out) or ((HELD_OUT,) if self.data.held_out_share else ())
 
     @property
     def pack_tokens(self) -> int:
@@ -397,7 +433,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
 def _known_keys(location: Sequence[str]) -> list[str]:
     section: Any = Recipe
     for part in location:
-        if part.isdigit():
+        if part not in section.model_fields:  # the index of a list, the key of a mapping
             continue
         annotation = section.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

@@ -1,6 +1,5 @@
 """`sft-dist demo`: the whole job on a CPU, through the same commands that a user would type."""
 
-import json
 import os
 import shlex
 import shutil
@@ -17,30 +16,25 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_dist import package_files
+from sft_dist.answers import ANSWERS, read_scored
 from sft_dist.config import Recipe, load_recipe
 from sft_dist.console import make_console
-from sft_dist.data.conversation import Message
 from sft_dist.demo.dataset import (
     NUM_HELD_OUT,
     NUM_TRAIN,
-    DemoFiles,
     example_texts,
     generate_examples,
     write_demo_data,
 )
 from sft_dist.demo.model import NUM_TOKENIZER_EXAMPLES, build_model, build_tokenizer
 from sft_dist.errors import ConfigError
-from sft_dist.generate import Answerer, Sampling
 from sft_dist.metrics import read_held_out, read_steps
 from sft_dist.quiet import quiet_libraries
-from sft_dist.scoring import TemplateScore, score_by_template
 from sft_dist.world import num_cores
 
 SEED = 0
 NUM_PROCESSES = 2
-JSON_TEMPLATES = ("extraction",)
 MARKER = ".sft_dist_demo"
-LONGEST_ANSWER = 120
 
 
 def run_demo(directory: Path, *, steps: int | None = None, num_train: int | None = None) -> int:
@@ -55,23 +49,24 @@ def run_demo(directory: Path, *, steps: int | None = None, num_train: int | None
     console.rule("1/4  data, tokenizer and model, all from scratch")
     num_held_out = NUM_HELD_OUT if num_train is None else max(6, min(NUM_HELD_OUT, num_train // 8))
     num_train = num_train or NUM_TRAIN
-    files = _write_inputs(directory, num_train=num_train, num_held_out=num_held_out)
+    _write_inputs(directory, num_train=num_train, num_held_out=num_held_out)
     recipe_path = _write_recipe(directory, steps)
     recipe = load_recipe(recipe_path)
     console.print(
         f"{num_train:,} training and {num_held_out} held-out examples that share no values, in {directory / 'data'}"
     )
-    for row, command in enumerate((["sft-dist", "prepare", str(recipe_path)], _launch_command(recipe_path)), start=2):
-        console.rule(f"{row}/4  {'tokenise once, verify every mask' if row == 2 else 'train: two processes, ZeRO-2'}")
+    steps_of_the_job = {
+        "tokenise once, verify every mask": ["sft-dist", "prepare", str(recipe_path)],
+        "train: two processes, ZeRO-2": _launch_command(recipe_path),
+        "answers to held-out prompts, before and after": ["sft-dist", "evaluate", str(recipe_path), "--before"],
+    }
+    for number, (title, command) in enumerate(steps_of_the_job.items(), start=2):
+        console.rule(f"{number}/4  {title}")
         code = _run(command, console)
         if code:
             return code
-    console.rule("4/4  answers on held-out prompts, before and after")
-    exported = Answerer(recipe.run.path / "model")
-    before, after = (_score(answerer, files.held_out) for answerer in (Answerer(directory / "model"), exported))
-    _show_scores(console, before, after)
     _show_summary(console, recipe, directory, seconds=time.perf_counter() - started)
-    _show_answer(console, exported, recipe.run.path / "model", files.held_out)
+    _show_answer(console, recipe.run.path / "model", recipe.run.path / ANSWERS / "model.jsonl")
     return 0
 
 
@@ -86,12 +81,11 @@ def _make_room(directory: Path) -> None:
     marker.write_text("written by sft-dist demo, which may delete what lies beside this file\n", encoding="utf-8")
 
 
-def _write_inputs(directory: Path, *, num_train: int, num_held_out: int) -> DemoFiles:
-    files = write_demo_data(directory / "data", num_train=num_train, num_held_out=num_held_out, seed=SEED)
+def _write_inputs(directory: Path, *, num_train: int, num_held_out: int) -> None:
+    write_demo_data(directory / "data", num_train=num_train, num_held_out=num_held_out, seed=SEED)
     texts = example_texts(generate_examples(NUM_TOKENIZER_EXAMPLES, SEED, "train"))
     build_tokenizer(texts, directory / "model")
     build_model(directory / "model", directory / "model", seed=SEED)
-    return files
 
 
 def _write_recipe(directory: Path, steps: int | None) -> Path:
@@ -131,34 +125,6 @@ def _run(command: Sequence[str], console: Console) -> int:
     return subprocess.run([program, *command[1:]], env=os.environ | threads | {"CUDA_VISIBLE_DEVICES": ""}).returncode
 
 
-def _read_rows(held_out: Path) -> list[tuple[str, list[Message], str]]:
-    """(template, prompt messages, true answer) of each held-out row."""
-    rows = []
-    for line in held_out.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        *prompt, answer = row["messages"]
-        rows.append((row["template"], [Message(m["role"], m["content"]) for m in prompt], answer["content"]))
-    return rows
-
-
-def _score(answerer: Answerer, held_out: Path) -> dict[str, TemplateScore]:
-    templates, prompts, truths = zip(*_read_rows(held_out), strict=True)
-    answers = list(answerer.answer(prompts, sampling=Sampling(max_new_tokens=LONGEST_ANSWER)))
-    return score_by_template(templates, answers, truths, json_templates=JSON_TEMPLATES)
-
-
-def _show_scores(console: Console, before: dict[str, TemplateScore], after: dict[str, TemplateScore]) -> None:
-    table = Table(title="exact match on held-out examples (greedy answers)")
-    for heading in ("template", "n", "best constant", "before", "after", "after - constant"):
-        table.add_column(heading, justify="left" if heading == "template" else "right")
-    for name, score in after.items():
-        shares = (score.constant_exact_match, before[name].exact_match, score.exact_match)
-        table.add_row(
-            name, str(score.num_examples), *(f"{share:.0%}" for share in shares), f"{100 * score.gain:+.0f} points"
-        )
-    console.print(table)
-
-
 def _show_summary(console: Console, recipe: Recipe, directory: Path, *, seconds: float) -> None:
     steps = read_steps(recipe.run.path / "metrics.jsonl")
     held_out = read_held_out(recipe.run.path / "metrics.jsonl")
@@ -180,12 +146,12 @@ def _show_summary(console: Console, recipe: Recipe, directory: Path, *, seconds:
     console.print(table)
 
 
-def _show_answer(console: Console, answerer: Answerer, model_dir: Path, held_out: Path) -> None:
-    """One held-out question through the exported model, and the command for more."""
-    _, prompt, truth = next(row for row in _read_rows(held_out) if row[0] == "closed_qa")
-    answer = next(answerer.answer([prompt], sampling=Sampling(max_new_tokens=LONGEST_ANSWER)))
+def _show_answer(console: Console, model_dir: Path, answers: Path) -> None:
+    """One held-out question and its answer by the exported model, and the command for more."""
+    shown = next(answer for answer in read_scored(answers) if answer.task == "closed_qa")
+    system, user = (turn["content"] for turn in shown.prompt)
     console.rule("a held-out question")
-    console.print(prompt[-1].content, markup=False, highlight=False)
-    console.print(f"model: {answer}   (truth: {truth})", markup=False, highlight=False)
-    command = ["sft-dist", "generate", str(model_dir), "--system", prompt[0].content, "--prompt", prompt[-1].content]
+    console.print(user, markup=False, highlight=False)
+    console.print(f"model: {shown.answer}   (truth: {shown.truth})", markup=False, highlight=False)
+    command = ["sft-dist", "generate", str(model_dir), "--system", system, "--prompt", user]
     console.print(Text(f"$ {shlex.join(command)}", style="bold"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Answers from an exported model, with exactly the template and the stop tokens of training."""
+"""Answers of a model, with exactly the template and the stop tokens of training."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,26 +31,33 @@ class Sampling:
 
 
 class Answerer:
-    """A model directory in Hugging Face format, ready to answer."""
+    """A model that is ready to answer, and its tokenizer."""
 
-    def __init__(self, model_dir: Path, *, device: torch.device | None = None) -> None:
-        """Raises ConfigError when the directory holds no model."""
+    def __init__(self, model: PreTrainedModel, tokenizer: ChatTokenizer, *, device: torch.device) -> None:
+        """model: with an attention that honours a padding mask: a prompt is answered alike alone and in a batch.
+
+        Its own settings for generation are dropped: a repetition penalty beside the weights would be no greedy answer.
+        """
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.model.generation_config = GenerationConfig()
+
+    @classmethod
+    def load(cls, model_dir: Path, *, device: torch.device | None = None) -> "Answerer":
+        """A model directory in Hugging Face format. Raises ConfigError when the directory holds no model."""
         if not (model_dir / "config.json").is_file():
             raise ConfigError(
                 f"{model_dir}: no model here (config.json is missing); a finished run exports to runs/<name>/model"
             )
         quiet_libraries()
-        self.tokenizer = ChatTokenizer.load(str(model_dir))
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        # sdpa honours the padding mask, so a prompt is answered alike alone and in a batch.
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 model_dir, dtype=dtype, attn_implementation="sdpa"
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(f"{model_dir}: cannot be loaded: {str(error).splitlines()[0]}") from None
-        self.model.to(self.device).eval()
+        return cls(model.to(device).eval(), ChatTokenizer.load(str(model_dir)), device=device)
 
     def answer(
         self, conversations: Sequence[Sequence[Message]], *, sampling: Sampling, batch_size: int = 64
@@ -58,10 +65,11 @@ class Answerer:
         """The next assistant turn of each conversation, in order."""
         prompts = [self.tokenizer.encode_prompt(messages) for messages in conversations]
         for start in range(0, len(prompts), batch_size):
-            yield from self._answer_batch(prompts[start : start + batch_size], sampling)
+            yield from self.answer_batch(prompts[start : start + batch_size], sampling)
 
     @torch.no_grad()
-    def _answer_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+    def answer_batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+        """The answers to prompts that are given as ids, one batch of them."""
         longest = max(len(prompt) for prompt in prompts)
         # Padding goes in front and is masked by length, whatever its id.
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -78,7 +86,9 @@ class Answerer:
             pad_token_id=self.tokenizer.pad_id if self.tokenizer.pad_id is not None else stops[0],
             **sampled,
         )
-        output = self.model.generate(ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config)
+        output = self.model.generate(
+            ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config, synced_gpus=False
+        )
         return [self._until_stop(row.tolist(), set(stops)) for row in output[:, longest:]]
 
     def _until_stop(self, ids: list[int], stops: set[int]) -> str:

@@ -5,20 +5,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from transformers import PretrainedConfig
 
 from sft_dist import checkpoint, commits, package_files
+from sft_dist.answers import require_scorable
 from sft_dist.commits import RunState, Segment
 from sft_dist.config import Recipe
 from sft_dist.data.batch import MicroBatch, build_micro_batch, token_weights
 from sft_dist.data.chat import ChatTokenizer
+from sft_dist.data.held_out import HeldOut, open_held_out
 from sft_dist.data.prepare import open_or_prepare
+from sft_dist.data.questions import Question, read_questions, require_best_task
 from sft_dist.data.schedule import Schedule
-from sft_dist.data.steps import fingerprint_of, held_out_of, schedule_of
+from sft_dist.data.steps import fingerprint_of, schedule_of
 from sft_dist.data.store import TokenStore
 from sft_dist.engine.collectives import choose_device
 from sft_dist.engine.start import resolve_engine, zero_knobs
@@ -32,6 +33,7 @@ from sft_dist.model.load import (
     config_digest,
     dropout_rates,
     load_model,
+    num_positions,
     read_config,
 )
 from sft_dist.run_files import CHECKPOINTS, METRICS, MODEL, RUN_JSON
@@ -60,9 +62,9 @@ class ResumeOptions:
 class Job:
     """A recipe in this world, checked.
 
-    held_out_store: where the examples that are only measured lie, `store` itself with data.held_out_share; None
-    without any. held_out_ids: `[N]`, which of it. draws: fingerprint of what is drawn and how it is cut into steps.
-    pack_tokens: None for one example a pack. candidates: checkpoints to go on from, newest first; none for a fresh run.
+    held_out: the sets that are only measured. questions: prompts of them that are answered during the run. draws:
+    fingerprint of what is drawn and how it is cut into steps. pack_tokens: None for one example a pack.
+    candidates: checkpoints to go on from, newest first; none for a fresh run.
     """
 
     recipe: Recipe
@@ -72,8 +74,8 @@ class Job:
     dtype: torch.dtype
     backend: Backend
     store: TokenStore
-    held_out_store: TokenStore | None
-    held_out_ids: NDArray[np.int64]
+    held_out: tuple[HeldOut, ...]
+    questions: tuple[Question, ...]
     model_config: PretrainedConfig
     tokenizer: ChatTokenizer
     pack_tokens: int | None
@@ -84,14 +86,15 @@ class Job:
 
     @property
     def longest_example(self) -> int:
-        return max(store.max_length for store in (self.store, self.held_out_store) if store is not None)
+        return max(store.max_length for store in (self.store, *(held_out.store for held_out in self.held_out)))
 
     @property
     def identity(self) -> str:
         """What every rank must have found alike: data, length of the run, and where it goes on from."""
         start = [path.name for path in self.candidates]
-        held_out = self.held_out_store.fingerprint if self.held_out_store else None
-        return f"{held_out} {self.schedule.num_steps} {start} {self.first_state}"
+        held_out = [(found.name, found.store.fingerprint) for found in self.held_out]
+        asked = [(question.set_name, question.id) for question in self.questions]
+        return f"{held_out} {asked} {self.schedule.num_steps} {start} {self.first_state}"
 
     @property
     def first_state(self) -> RunState:
@@ -113,6 +116,7 @@ class Job:
             segment=Segment(0, self.store.fingerprint, self.draws),
             layout=checkpoint.layout_of(self.recipe, **found),
             code=package_files.code_identity(),
+            best_by=self.recipe.evaluate.best_by if self.recipe.evaluate else None,
         )
 
     def continuing(self, state: RunState) -> "Job":
@@ -185,13 +189,10 @@ def plan_job(recipe: Recipe, *, console: Console, resume: ResumeOptions) -> Job:
     dropout = float(getattr(config, "attention_dropout", 0.0) or 0.0)
     backend = choose_backend(recipe.model.attention, device=device, dtype=dtype, dropout=dropout)
     store = open_or_prepare(recipe, recipe.data.train, console=console, is_preparer=world.is_local_main)
-    is_held_out = held_out_of(recipe, store)
-    held_out_store, held_out_ids = store if is_held_out.any() else None, np.flatnonzero(is_held_out)
-    if recipe.data.held_out:
-        held_out_store = open_or_prepare(recipe, recipe.data.held_out, console=console, is_preparer=world.is_local_main)
-        held_out_ids = np.arange(len(held_out_store))
+    held_out = open_held_out(recipe, store, console=console, is_preparer=world.is_local_main)
     schedule = schedule_of(recipe, store)
     section = recipe.model
+    tokenizer = ChatTokenizer.load(section.path, revision=section.revision, chat_template=recipe.data.chat_template)
     job = Job(
         recipe=recipe,
         world=world,
@@ -200,11 +201,11 @@ def plan_job(recipe: Recipe, *, console: Console, resume: ResumeOptions) -> Job:
         dtype=dtype,
         backend=backend,
         store=store,
-        held_out_store=held_out_store,
-        held_out_ids=held_out_ids,
+        held_out=held_out,
+        questions=_questions(recipe, held_out, tokenizer, config),
         model_config=config,
-        tokenizer=ChatTokenizer.load(section.path, revision=section.revision, chat_template=recipe.data.chat_template),
-        pack_tokens=_checked_pack_tokens(recipe, [store, held_out_store]),
+        tokenizer=tokenizer,
+        pack_tokens=_checked_pack_tokens(recipe, [store, *(found.store for found in held_out)]),
         schedule=schedule,
         draws=fingerprint_of(recipe, store),
         candidates=_find_checkpoints(recipe, resume),
@@ -215,12 +216,26 @@ def plan_job(recipe: Recipe, *, console: Console, resume: ResumeOptions) -> Job:
     return job
 
 
-def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore | None]) -> int | None:
+def _questions(
+    recipe: Recipe, held_out: Sequence[HeldOut], tokenizer: ChatTokenizer, config: PretrainedConfig
+) -> tuple[Question, ...]:
+    """What is answered during the run; nothing unless evaluate.generate_every is set."""
+    section = recipe.evaluate
+    if section is None or section.generate_every is None:
+        return ()
+    limit = section.generate_examples or section.max_examples
+    found = read_questions(recipe, held_out, tokenizer, limit=limit, max_positions=num_positions(config))
+    require_scorable(found.asked, section)
+    require_best_task(recipe, found.asked)
+    return found.asked
+
+
+def _checked_pack_tokens(recipe: Recipe, stores: list[TokenStore]) -> int | None:
     """Most tokens in a pack; None for one example a pack. Raises ConfigError below the longest kept example."""
     if not recipe.batch.packing:
         return None
     for store in stores:
-        if store is not None and store.max_length > recipe.pack_tokens:
+        if store.max_length > recipe.pack_tokens:
             longest = int(store.lengths.argmax())
             raise ConfigError(
                 f"batch.pack_tokens={recipe.pack_tokens} is shorter than an example of "

@@ -1,10 +1,8 @@
 """The training itself: micro-batches, one reduction, one update, and what is due after a step."""
 
-import functools
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -16,10 +14,10 @@ from sft_dist.data.store import TokenStore
 from sft_dist.engine.collectives import gather_texts, on_device, sum_over_ranks
 from sft_dist.engine.interface import Engine
 from sft_dist.errors import NotFiniteError
-from sft_dist.evaluate import HeldOutSet
 from sft_dist.forward_time import ForwardTime
 from sft_dist.guard import reason_to_withhold
-from sft_dist.metrics import CommitMetrics, HeldOutMetrics, step_metrics
+from sft_dist.measuring import Measuring, is_due
+from sft_dist.metrics import CommitMetrics, step_metrics
 from sft_dist.optim import lr_at
 from sft_dist.run_files import STOP_FILE
 from sft_dist.trackers import Trackers
@@ -38,7 +36,7 @@ def train_loop(
     recipe: Recipe,
     num_steps: int,
     store: TokenStore,
-    held_out: HeldOutSet | None,
+    measuring: Measuring,
     saver: Saver,
     trackers: Trackers,
     stop: StopRequest,
@@ -90,11 +88,7 @@ def train_loop(
             log_commit(saver.finish(), trackers, attempt=attempt)
             raise not_finite(engine, batch, shares, store=store, reason=withheld or "", state=state)
         is_end = batch.step == num_steps
-        if held_out is not None and (is_end or is_due(recipe.train.eval_every, batch.step)):
-            held_out_loss = measure_held_out(
-                engine, held_out, step=batch.step, trackers=trackers, watchdog=watchdog, attempt=attempt
-            )
-            state = replace(state, held_out_loss=held_out_loss)
+        state = measuring.after(state, engine, is_end=is_end)
         if is_end or num_asked or is_due(recipe.train.save_every, batch.step):
             watchdog.progress(step=batch.step, phase="saving")
             log_commit(saver.start(state), trackers, attempt=attempt)
@@ -113,33 +107,9 @@ def seed_forward(seed: int, step: int, rank: int, micro_index: int) -> None:
     torch.manual_seed(mixed)
 
 
-def is_due(every: int | None, step: int) -> bool:
-    """True at every `every`-th step; never for None."""
-    return every is not None and step % every == 0
-
-
 def stop_requested(stop: StopRequest, recipe: Recipe, world: World) -> bool:
     """A signal on this rank, or the stop file seen by rank 0."""
     return stop.received is not None or (world.is_main and (recipe.run.path / STOP_FILE).is_file())
-
-
-def measure_held_out(
-    engine: Engine, held_out: HeldOutSet, *, step: int, trackers: Trackers, watchdog: Watchdog, attempt: int
-) -> float:
-    """Log and return the held-out loss after `step`."""
-    started = time.perf_counter()
-    on_progress = functools.partial(watchdog.progress, step=step, phase="held-out loss")
-    loss = held_out.loss_of(engine, on_progress=on_progress)
-    metrics = HeldOutMetrics(
-        step=step,
-        held_out_loss=loss,
-        examples=len(held_out.example_ids),
-        response_tokens=int(held_out.num_responses.sum()),
-        seconds=time.perf_counter() - started,
-        attempt=attempt,
-    )
-    trackers.log(metrics)
-    return loss
 
 
 def log_commit(commit: Commit | None, trackers: Trackers, *, attempt: int) -> None:

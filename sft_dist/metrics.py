@@ -64,6 +64,24 @@ class HeldOutMetrics:
     response_tokens: int
     seconds: float
     attempt: int
+    set: str = "held_out"
+
+
+@dataclass(frozen=True)
+class ScoreMetrics:
+    """The mean score, 0 to 1, of the answers to one task of a held-out set after `step` updates.
+
+    seconds: what the answers of all tasks took, an equal part for each.
+    """
+
+    step: int
+    set: str
+    task: str
+    metric: str
+    score: float
+    n: int
+    seconds: float
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -86,8 +104,14 @@ class ChangeMetrics:
     attempt: int
 
 
-Metrics = StepMetrics | HeldOutMetrics | CommitMetrics | ChangeMetrics
-EVENTS = {StepMetrics: "step", HeldOutMetrics: "held_out", CommitMetrics: "commit", ChangeMetrics: "change"}
+Metrics = StepMetrics | HeldOutMetrics | ScoreMetrics | CommitMetrics | ChangeMetrics
+EVENTS = {
+    StepMetrics: "step",
+    HeldOutMetrics: "held_out",
+    ScoreMetrics: "score",
+    CommitMetrics: "commit",
+    ChangeMetrics: "change",
+}
 
 
 def step_metrics(
@@ -162,9 +186,15 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in read_lines(path) if line["event"] == "step"}
 
 
-def read_held_out(path: Path) -> dict[int, dict[str, Any]]:
-    """The last attempt of each held-out loss, by step."""
-    return {line["step"]: line for line in read_lines(path) if line["event"] == "held_out"}
+def read_held_out(path: Path, set_name: str | None = None) -> dict[int, dict[str, Any]]:
+    """The last attempt of each held-out loss of a set, by step; of the first set that was measured unless one is named.
+
+    Lines from before sets had names are of `held_out`.
+    """
+    lines = [line for line in read_lines(path) if line["event"] == "held_out"]
+    if set_name is None and lines:
+        set_name = lines[0].get("set", "held_out")
+    return {line["step"]: line for line in lines if line.get("set", "held_out") == set_name}
 
 
 def last_commit(path: Path) -> int | None:

@@ -278,7 +278,7 @@ def _pace(lines: Sequence[Mapping[str, Any]]) -> Pace | None:
         return None
     newest = steps[-RATE_STEPS:]
     step_s = statistics.median(line["seconds"] for line in newest)
-    besides = sum(line["seconds"] for line in lines if line["event"] == "held_out")
+    besides = sum(line["seconds"] for line in lines if line["event"] in ("held_out", "score"))
     besides += sum(line["stall_s"] for line in lines if line["event"] == "commit")
     tokens_per_s = statistics.median(line["tokens_per_s"] for line in newest)
     return Pace(step_s, step_s + besides / len(steps), tokens_per_s)
@@ -286,6 +286,13 @@ def _pace(lines: Sequence[Mapping[str, Any]]) -> Pace | None:
 
 def _last(lines: Sequence[Mapping[str, Any]], event: str) -> Mapping[str, Any]:
     return next((line for line in reversed(lines) if line["event"] == event), {})
+
+
+def _last_of_first_set(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The newest held-out loss; of the first set where a step has several."""
+    last = _last(lines, "held_out")
+    same = [line for line in lines if line["event"] == "held_out" and line.get("step") == last.get("step")]
+    return next((line for line in same if line.get("attempt") == last.get("attempt")), last)
 
 
 # ---------------------------------------------------------------- the run
@@ -305,7 +312,8 @@ def _status(run_dir: Path, seen: Sequence[Seen], now: float) -> RunStatus:
     if state == "starting":  # these are of the start before
         step, steps, pace = commit_step or 0, [], None
     num_withheld += sum(not line["applied"] for line in steps if line["step"] > (commit_step or 0))
-    loss, held_out = _last(lines, "step"), _last(lines, "held_out")
+    loss = _last(lines, "step")
+    held_out = _last_of_first_set(lines)
     imbalances = [line["imbalance"] for line in steps[-RATE_STEPS:]]
     forward_s = {rank.beat.rank: rank.beat.forward_s for rank in seen}
     slow = slow_ranks(forward_s, imbalance=statistics.mean(imbalances)) if imbalances else set()

@@ -15,7 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft_dist.config import Recipe
-from sft_dist.metrics import ChangeMetrics, CommitMetrics, HeldOutMetrics, Metrics, Replay, StepMetrics, to_line
+from sft_dist.metrics import (
+    ChangeMetrics,
+    CommitMetrics,
+    HeldOutMetrics,
+    Metrics,
+    Replay,
+    ScoreMetrics,
+    StepMetrics,
+    to_line,
+)
 from sft_dist.redact import redacted, redacted_tree
 from sft_dist.run_files import METRICS
 from sft_dist.wandb_process import Start, WandbFailureError, WandbProcess, make_run_id
@@ -116,8 +125,20 @@ class ConsoleTracker:
 
     def log(self, metrics: Metrics) -> None:
         if isinstance(metrics, HeldOutMetrics):
+            named = f" of {metrics.set}" * (metrics.set != "held_out")
             self._console.print(
-                f"held-out loss {metrics.held_out_loss:.4f} after step {metrics.step} ({metrics.examples} examples)",
+                f"held-out loss{named} {metrics.held_out_loss:.4f} after step {metrics.step} "
+                f"({metrics.examples} examples)",
+                markup=False,
+                highlight=False,
+            )
+            return
+        if isinstance(metrics, ScoreMetrics):
+            named = f"{metrics.set}/" * (metrics.set != "held_out")
+            self._console.print(
+                f"score of {named}{metrics.task} {metrics.score:.1%} after step {metrics.step} "
+                f"({metrics.metric}, {metrics.n} answers)",
+                markup=False,
                 highlight=False,
             )
             return

@@ -32,7 +32,8 @@ from sft_dist.errors import CheckpointError, ConfigError, SftDistError
 from sft_dist.evaluate import HeldOutSet, evaluating
 from sft_dist.freed_pages import keep_freed_pages
 from sft_dist.job import Job, ResumeOptions, plan_job
-from sft_dist.loop import measure_held_out, train_loop
+from sft_dist.loop import train_loop
+from sft_dist.measuring import Measuring
 from sft_dist.metrics import (
     ChangeMetrics,
     Replay,
@@ -221,9 +222,10 @@ def _train(
     """
     recipe, num_steps, run_dir = job.recipe, job.schedule.num_steps, job.recipe.run.path
     cost = CostModel.from_config(engine.model.causal_lm.config.to_dict()) or CostModel()
-    held_out = None
-    if job.held_out_store is not None:
-        held_out = HeldOutSet(job.held_out_store, job.held_out_ids, recipe.loss, job.pack_tokens, cost, job.world.size)
+    held_out = {
+        found.name: HeldOutSet(found.store, found.ids, recipe.loss, job.pack_tokens, cost, job.world.size)
+        for found in job.held_out
+    }
     batches = global_batches(
         job.schedule, first_step=state.step + 1, world_size=job.world.size, pack_tokens=job.pack_tokens, cost=cost
     )
@@ -248,8 +250,9 @@ def _train(
     ):
         if new_curve is not None:
             trackers.log(ChangeMetrics(state.step, new_curve, attempt))
-        if held_out is not None and state.step == 0:
-            measure_held_out(engine, held_out, step=0, trackers=trackers, watchdog=watchdog, attempt=attempt)
+        measuring = Measuring(recipe, held_out, job.questions, job.tokenizer, trackers, watchdog, attempt)
+        if state.step == 0:
+            measuring.after(state, engine, is_end=False)
         state = train_loop(
             engine,
             steps,
@@ -257,7 +260,7 @@ def _train(
             recipe=recipe,
             num_steps=num_steps,
             store=job.store,
-            held_out=held_out,
+            measuring=measuring,
             saver=saver,
             trackers=trackers,
             stop=stop,

@@ -59,13 +59,19 @@ def numbers(line: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a record, by name.
 
     What belongs to a step keeps its name, and `step` itself is the axis; other kinds come under their own
-    (`held_out/loss`, `held_out/step`), because records of one step share a row at wandb and both have `seconds`.
+    (`held_out/loss`, `held_out/step`), because records of one step share a row at wandb and both have `seconds`. So do
+    those of several held-out sets and of tasks: `held_out/clinic/loss`, `score/held_out/calculator/score`.
     """
     event = line.get("event", "step")
+    kind = event
+    if event == "score":
+        kind = f"score/{line['set']}/{line['task']}"
+    elif event == "held_out" and line.get("set", "held_out") != "held_out":
+        kind = f"held_out/{line['set']}"
     found = {}
     for name, value in line.items():
         if isinstance(value, (int, float)) and math.isfinite(value):
-            found[name if event == "step" else f"{event}/{name.removeprefix(f'{event}_')}"] = +value
+            found[name if event == "step" else f"{kind}/{name.removeprefix(f'{event}_')}"] = +value
     if event == "step":
         found.pop("step", None)
     return found

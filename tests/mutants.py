@@ -1018,6 +1018,37 @@ MUTANTS = [
         '"data_types": {"grad_accum_dtype": "bf16"},',
         "numerics/test_bf16.py::test_zero_adds_bf16_gradients_up_in_fp32[zero2-packs-example_mean-r103-accumulates-bf16-w2]",
     ),
+    # Evaluation.
+    Mutant(
+        "a unit that contradicts is taken for none",
+        "scoring/numeric.py",
+        "if given.unit.dimension != expected.unit.dimension:",
+        "if given.unit.dimension != expected.unit.dimension and unit_required:",
+        "unit/test_scoring.py::test_numbers_that_are_wrong",
+    ),
+    Mutant(
+        "batches are formed from what a rank was dealt",
+        "answering.py",
+        "    batches = form_batches([len(question.ids) for question in questions], batch_size=batch_size)\n"
+        "    left = [batch for batch in batches if any(index not in found for index in batch)]\n",
+        "    mine_only = [index for index in range(len(questions)) if index not in found]\n"
+        "    left = [mine_only[first : first + batch_size] for first in range(0, len(mine_only), batch_size)]\n",
+        "unit/test_answering.py::test_an_evaluation_that_goes_on_answers_whole_batches_that_lack_an_answer",
+    ),
+    Mutant(
+        "answers come from weights of before the update",
+        "model/answering.py",
+        "if is_in_pieces else parameter.detach()",
+        "if is_in_pieces else parameter.detach().clone()",
+        "unit/test_answering.py::test_the_trained_model_is_as_it_was_and_its_weights_are_shared",
+    ),
+    Mutant(
+        "McNemar looks at one side",
+        "significance.py",
+        "float(2 * tail / 2**changed)",
+        "float(tail / 2**changed)",
+        "unit/test_significance.py::test_mcnemar_counts_all_ways_in_which_the_changes_may_fall",
+    ),
 ]
 
 

@@ -97,7 +97,22 @@ def parse_row(
     return Conversation(tuple(messages), row.origin, tools, difficulty)
 
 
+def read_field(row: RawRow, field: str) -> Any:
+    """A field of a row by its name, dotted where it is nested; None where there is none, or the row cannot be read."""
+    fields = _readable(row)
+    return None if isinstance(fields, BadRow) else _field(fields, field)
+
+
 # ---------------------------------------------------------------- the row
+
+
+def _field(row: Mapping[str, Any], field: str) -> Any:
+    value: Any = row.get(field)
+    if value is None:
+        value = row
+        for key in field.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _row_fields(data: bytes | dict[str, Any]) -> dict[str, Any]:
@@ -167,11 +182,7 @@ def _check_weight(row: Mapping[str, Any], *, is_table: bool) -> None:
 
 
 def _difficulty(row: Mapping[str, Any], field: str, *, is_table: bool) -> float:
-    value: Any = row.get(field)
-    if value is None:
-        value = row
-        for key in field.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+    value = _field(row, field)
     if value is None:
         raise Refused("bad_difficulty", f"no {field!r}, by which data.order sorts; the row's keys are {list_keys(row)}")
     try:

@@ -61,7 +61,7 @@ def generate_examples(num_examples: int, seed: int, split: Split) -> Iterator[De
 def write_demo_data(directory: Path, *, num_train: int, num_held_out: int, seed: int) -> DemoFiles:
     """Write a third of the training set in each row format, and the held-out set as messages.
 
-    Held-out rows carry a `template` key for `scoring.score_by_template`.
+    Held-out rows carry a `template` key, by which `sft-dist evaluate` scores them.
     Raises ConfigError for a count that leaves a file empty.
     """
     if num_train < len(ROW_FORMATS) or num_held_out < 1:

@@ -118,9 +118,14 @@ def dropout_rates(config: PretrainedConfig) -> dict[str, float]:
     return {key: value for key, value in rates.items() if value}
 
 
+def num_positions(config: PretrainedConfig) -> int | None:
+    """The longest text that the model can read; None where its config does not say."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
 def check_context(config: PretrainedConfig, *, longest_example: int) -> None:
     """Raise ConfigError when an example is longer than the positions the model has."""
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    positions = num_positions(config)
     if positions is not None and longest_example > positions:
         raise ConfigError(
             f"the longest example has {longest_example} tokens, the model {positions} positions; "

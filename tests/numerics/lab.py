@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from sft_dist.answers import read_scored, step_file
 from sft_dist.data.schedule import Schedule
 from sft_dist.metrics import read_held_out, read_steps
 from tests import tiny
@@ -125,6 +126,7 @@ class Lab:
         train |= {"save_every": case.save_every, "keep_checkpoints": STEPS}
         if case.engine.startswith("zero"):
             train["deepspeed"] = str(tiny.write_zero_file(self.directory, case.engine))
+        answers = {"generate_every": case.eval_every, "generate_examples": 3, "batch_size": 2, "max_new_tokens": 12}
         return {
             "run": {"name": case.run_name, "dir": str(self.directory / "runs"), "seed": SEED},
             "model": {"path": str(self.model_dir), "checkpointing": case.checkpointing, "dtype": case.dtype},
@@ -133,6 +135,7 @@ class Lab:
             "loss": case.loss,
             "optim": {"lr": LR, "warmup_steps": WARMUP, "weight_decay": DECAY, "max_grad_norm": MAX_NORM},
             "train": train,
+            "evaluate": answers if case.eval_every else None,
         }
 
     def steps(self, rows: int) -> list[list[tuple[str, str]]]:
@@ -157,6 +160,11 @@ class Lab:
 
     def weights(self, case: Case) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(self.run_dir(case) / "model" / "model.safetensors")
+
+    def answers(self, case: Case, step: int) -> dict[str, str]:
+        """What was answered to each prompt after a step."""
+        found = read_scored(step_file(self.run_dir(case), step))
+        return {answer.id: answer.answer for answer in found}
 
     def held_out(self, case: Case) -> dict[int, float]:
         lines = read_held_out(self.run_dir(case) / "metrics.jsonl")

@@ -149,7 +149,18 @@ def held_out_pairs(lab: Lab) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("case", EVALUATED, ids=lambda case: case.run_name)
-def test_evaluating_leaves_the_curve_bit_equal(case: Case, lab: Lab) -> None:
+def test_answers_during_a_run_are_the_same_on_every_layout(case: Case, lab: Lab) -> None:
+    """Three prompts in batches of two: one of two ranks has one batch, and two of four have none."""
+    for step in (0, 7, 14, 20):
+        found = lab.answers(case, step)
+        assert len(found) == 3
+        if case.loss == case.evaluated_alone.loss:
+            assert found == lab.answers(case.evaluated_alone, step)
+    assert lab.answers(case, 20) != lab.answers(case, 0), "they are of the trained weights"
+
+
+@pytest.mark.parametrize("case", EVALUATED, ids=lambda case: case.run_name)
+def test_measuring_and_answering_leave_the_curve_bit_equal(case: Case, lab: Lab) -> None:
     for key in ("loss", "grad_norm", "lr"):
         assert lab.series(case, key).tolist() == lab.series(case.unevaluated, key).tolist()
 

@@ -81,5 +81,5 @@ def test_a_base_model_is_trained_exported_and_stops(base: Path, tmp_path: Path) 
     prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     plain = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
     assert plain.tolist()[-1] == stop, "plain transformers stops by itself"
-    answers = list(Answerer(model_dir).answer([[Message("user", "a", train=False)]] * 2, sampling=Sampling(20)))
+    answers = list(Answerer.load(model_dir).answer([[Message("user", "a", train=False)]] * 2, sampling=Sampling(20)))
     assert answers == ["bbb", "bbb"]

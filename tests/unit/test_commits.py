@@ -94,6 +94,14 @@ def test_the_best_is_finite_and_of_the_curve_that_is_trained(tmp_path: Path) -> 
     assert steps_in(tmp_path) == [3, 5]
 
 
+def test_the_best_can_be_those_with_the_highest_score(tmp_path: Path) -> None:
+    """Scores of another measure are no competition, and the held-out loss does not decide then."""
+    save(tmp_path, 1, keep=1, best=1, best_by="general/loss", best_value=5.0)
+    for step, score in ((2, 0.9), (3, 0.5), (4, None)):
+        save(tmp_path, step, keep=1, best=1, best_by="score", best_value=score, held_out_loss=1 / step)
+    assert steps_in(tmp_path) == [2, 4]
+
+
 def test_a_step_that_is_saved_again_replaces_the_first(tmp_path: Path) -> None:
     save(tmp_path, 1, loss=1.0)
     path = save(tmp_path, 1, loss=2.0)

@@ -1,6 +1,7 @@
 """The recipe: strict, with the nearest name for a typo, and every shipped one valid."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,55 @@ def test_the_home_directory_is_meant_everywhere(minimal: Path) -> None:
     assert recipe.model.path.startswith(home)
     assert str(recipe.run.dir).startswith(home)
     assert recipe.data.train[0].path.startswith(home)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.held_out=a.jsonl", {"held_out": ["a.jsonl"]}),
+        ("data.held_out=[a.jsonl, {path: b.csv}]", {"held_out": ["a.jsonl", "b.csv"]}),
+        ("data.held_out={path: a.jsonl, format: alpaca}", {"held_out": ["a.jsonl"]}),
+        ("data.held_out={one: a.csv, two: [b.csv, {path: c.csv}]}", {"one": ["a.csv"], "two": ["b.csv", "c.csv"]}),
+        ("data.held_out=[]", {}),
+    ],
+)  # fmt: skip
+def test_held_out_sources_are_one_set_or_several_by_name(
+    override: str, expected: dict[str, list[str]], minimal: Path
+) -> None:
+    recipe = load_recipe(minimal, [override])
+    assert {name: [source.path for source in sources] for name, sources in recipe.data.held_out.items()} == expected
+    assert recipe.set_names == tuple(expected)
+    assert [source.path for source in recipe.data.held_out_sources] == [
+        path for paths in expected.values() for path in paths
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate.tasks.x={metric: numeric, day_first: true}"], "evaluate.tasks.x: day_first belongs to date"),
+        (["evaluate.tasks.x={metric: numeric, relativ: 0.05}"], "did you mean 'evaluate.tasks.x.relative'"),
+        (["evaluate.tasks.x=nummeric"], "evaluate.tasks.x.metric='nummeric'"),
+        (["evaluate.keep_best_by=general/loss"], "names the set 'general'; data.held_out has none"),
+        (["evaluate.keep_best_by=loss/"], "expected loss, score, SET/loss"),
+        (["evaluate.generate_every=5"], "evaluate.generate_every needs data.held_out"),
+        (
+            ["data.held_out_share=0.1", "train.keep_best=1", "evaluate.keep_best_by=score"],
+            "needs evaluate.generate_every",
+        ),
+        (["data.held_out={a b: x.jsonl}"], "the set 'a b': use letters"),
+        (["data.held_out={a: []}"], "the set 'a' has no source"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_cannot_be_meant_is_refused(overrides: list[str], message: str, minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_recipe(minimal, overrides)
+
+
+def test_a_task_is_its_metric_or_a_section(minimal: Path) -> None:
+    evaluate = load_recipe(
+        minimal, ["evaluate={tasks: {a: json, b: {metric: date, day_first: true}}, default: choice}"]
+    )
+    assert evaluate.evaluate is not None
+    metrics = [evaluate.evaluate.task(name).metric for name in ("a", "b", "c")]
+    assert metrics == ["json", "date", "choice"]

@@ -427,10 +427,11 @@ def plan(recipe: Recipe) -> Job:
 
 def test_a_run_measures_what_it_holds_out_and_trains_the_rest(tmp_path: Path, tied_model: Path) -> None:
     job = plan(make_recipe(tmp_path, tied_model, held_out_share=0.25, order="response_length"))
-    assert job.held_out_store is job.store
+    held_out = job.held_out[0]
+    assert held_out.store is job.store
     drawn = {i for step in range(1, job.schedule.num_steps + 1) for i in job.schedule.example_ids(step)[1].tolist()}
-    assert sorted([*drawn, *job.held_out_ids.tolist()]) == list(range(len(job.store)))
-    assert len(job.held_out_ids) >= 5
+    assert sorted([*drawn, *held_out.ids.tolist()]) == list(range(len(job.store)))
+    assert len(held_out.ids) >= 5
     first = job.schedule.example_ids(1)[1]
     assert job.store.num_responses[first].max() <= np.sort(job.store.num_responses[sorted(drawn)])[len(first) - 1]
 

@@ -14,29 +14,33 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors shape redact run_files config console durable package_files quiet freed_pages world
+errors shape redact run_files section evaluate_section config console durable package_files quiet freed_pages world
 machine accelerate_config engine_choice
 submit
 commits run_record heartbeat rank_log hang watchdog
 demo.formulas demo.templates demo.dataset demo.model
+scoring.result scoring.units scoring.numeric scoring.choice scoring.dates scoring.json_fields scoring.texts
+scoring.metrics significance
 data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
 data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
 data.store data.build data.prepare
-data.draws data.schedule data.steps
+data.draws data.schedule data.steps data.held_out data.questions
 data.shown
+answers task_scores evaluation evaluation_report comparison
 status status_report
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
 -- torch below this line
 data.batch
 model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
+model.answering
 engine.fragments engine.interface engine.collectives engine.local engine.zero engine.start
 optim guard
 checkpoint
-generate evaluate scoring
+generate answering evaluate
 metrics wandb_process trackers wandb_sync
 oom job banner profiling forward_time
-loop
+measuring loop
 affinity train measure launch
 demo_run
 """.splitlines()

@@ -354,6 +354,9 @@ def test_losses_are_the_newest_and_say_their_step(run: MadeRun) -> None:
     found = run.status
     assert (found.loss, found.loss_step) == (2.25, 2)
     assert (found.held_out_loss, found.held_out_step) == (2.75, 1)
+    for name, loss in (("clinic", 1.5), ("general", 9.0)):
+        run.log(HeldOutMetrics(2, loss, 10, 100, 1.0, 1, set=name))
+    assert (run.status.held_out_loss, run.status.held_out_step) == (1.5, 2), "of several sets the first"
     run.log(step_line(3, loss=float("nan"), applied=False, withheld="loss not finite"))
     assert (run.status.loss, run.status.loss_step) == (None, 3)
     assert "loss not finite" in " ".join(text_of(run.status).split())

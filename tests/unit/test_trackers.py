@@ -326,6 +326,11 @@ def test_numbers_are_finite_and_named_by_their_kind() -> None:
     assert numbers(step) == {"lr": 0.5, "applied": 1}
     commit = {"event": "commit", "step": 3, "stall_s": 0.5, "seconds": 2, "changed": ["a"]}
     assert numbers(commit) == {"commit/step": 3, "commit/stall_s": 0.5, "commit/seconds": 2}
+    held_out = {"event": "held_out", "step": 3, "held_out_loss": 2.0, "set": "held_out"}
+    assert numbers(held_out) == {"held_out/step": 3, "held_out/loss": 2}
+    assert numbers(held_out | {"set": "clinic"}) == {"held_out/clinic/step": 3, "held_out/clinic/loss": 2}
+    score = {"event": "score", "step": 3, "set": "clinic", "task": "qa", "metric": "exact", "score": 0.5}
+    assert numbers(score) == {"score/clinic/qa/step": 3, "score/clinic/qa/score": 0.5}
 
 
 class Recorder:
