@@ -110,6 +110,7 @@ def _add_train(verbs: "Verbs") -> None:
     )
     status.add_argument("--ranks", action="store_true", help="show each process, also when nothing is wrong")
     status.add_argument("--json", action="store_true", help="print JSON: an object for a run, a list for several")
+    status.add_argument("--watch", action="store_true", help="show the run live, as its own terminal does")
     status.set_defaults(verb=_status)
 
     sync = verbs.add_parser("sync", help="send a run's metrics to wandb, now or again")
@@ -404,6 +405,8 @@ def _status(arguments: argparse.Namespace) -> int:
     from sft_dist.status import is_run, read_statuses, runs_at
     from sft_dist.status_report import print_status, print_statuses, to_json
 
+    if arguments.watch:
+        return _watch(arguments)
     statuses = read_statuses(runs_at(arguments.run))
     if is_run(arguments.run):
         if arguments.json:
@@ -414,6 +417,19 @@ def _status(arguments: argparse.Namespace) -> int:
         print(to_json(statuses))
     else:
         print_statuses(statuses, make_console())
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from sft_dist.console import make_console
+    from sft_dist.errors import ConfigError
+    from sft_dist.live_tracker import watch
+    from sft_dist.status import runs_at
+
+    runs = runs_at(arguments.run)
+    if len(runs) > 1:
+        raise ConfigError(f"{arguments.run}: holds {len(runs)} runs; --watch shows one: name its directory")
+    watch(runs[0], make_console())
     return 0
 
 

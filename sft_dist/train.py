@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from sft_dist.commits import RunState
 from sft_dist.config import Recipe
 from sft_dist.data.batch import load_steps
 from sft_dist.data.schedule import CostModel, global_batches
+from sft_dist.data.store_note import store_note
 from sft_dist.engine.collectives import (
     join_process_group,
     on_main,
@@ -28,6 +29,7 @@ from sft_dist.engine.collectives import (
 )
 from sft_dist.engine.interface import Engine
 from sft_dist.engine.start import start_engine
+from sft_dist.environment import describe_environment
 from sft_dist.errors import CheckpointError, ConfigError, SftDistError
 from sft_dist.evaluate import HeldOutSet, evaluating
 from sft_dist.job import Job, ResumeOptions, plan_job
@@ -46,7 +48,7 @@ from sft_dist.profiling import profiled_steps
 from sft_dist.quiet import quiet_libraries
 from sft_dist.rank_log import flight_recorder_env, per_rank_log
 from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL
-from sft_dist.run_record import record_end, record_start
+from sft_dist.run_record import amend_start, record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
 from sft_dist.world import StopRequest, report_at_work
@@ -157,7 +159,10 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
 
     attempt, is_new_curve = on_main(record, world=world, device=job.device) or (0, False)
     if world.is_main:
-        show_banner(console, job, model=engine.model, agreement=agreement, continuation=continuation, attempt=attempt)
+        said = show_banner(
+            console, job, model=engine.model, agreement=agreement, continuation=continuation, attempt=attempt
+        )
+        note_start(job, banner=said)
     state = _train(
         engine,
         state,
@@ -176,6 +181,21 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
     watchdog.finish()
     steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
     return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
+
+
+def note_start(job: Job, *, banner: Sequence[tuple[str, str]]) -> None:
+    """Note in run.json on what this start computes, its data, and what was said of it: for `sft-dist report`."""
+    settings = {"engine": job.engine_name, "dtype": str(job.dtype).removeprefix("torch.")}
+    if job.device.type == "cuda":
+        settings["cuda"] = str(torch.version.cuda)
+    environment = describe_environment(
+        device=job.device.type,
+        device_name=torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "",
+        world=job.world,
+        settings=settings | {"attention": job.backend.name},
+    )
+    notes = {"environment": environment, "data": store_note(job.store), "banner": banner}
+    amend_start(job.recipe.run.path, notes)
 
 
 @contextlib.contextmanager

@@ -14,19 +14,20 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors shape redact run_files config console durable package_files quiet world
+errors shape peaks redact run_files config console durable package_files quiet world environment
 machine accelerate_config engine_choice
 submit
-commits run_record heartbeat rank_log hang watchdog
+commits run_record metrics metric_names wandb_process wandb_sync
+heartbeat rank_log hang watchdog
 demo.formulas demo.templates demo.dataset demo.model
 data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
 data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
 data.store data.build data.prepare
 data.draws data.schedule data.steps
 data.shown
-status status_report
+status status_report live_state live_view live_tracker tensorboard_tracker trackers
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
-data.inspect_sample data.inspect_figures data.inspect data.inspect_page
+data.inspect_sample data.inspect_figures data.store_note data.inspect data.inspect_page
 -- torch below this line
 data.batch
 model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
@@ -34,7 +35,7 @@ engine.fragments engine.interface engine.collectives engine.local engine.zero en
 optim guard
 checkpoint
 generate evaluate scoring
-metrics wandb_process trackers wandb_sync
+step_measure
 oom job banner profiling forward_time
 loop
 affinity train measure launch
