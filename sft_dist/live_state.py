@@ -118,7 +118,7 @@ class LiveState:
         elif event == "commit":
             self.commit, self.commit_time = line, now
         if line.get("attempt") == self.attempt:
-            self._besides_s += line.get("seconds", 0.0) * (event == "held_out") + line.get("stall_s", 0.0)
+            self._besides_s += line.get("seconds", 0.0) * (event in ("held_out", "score")) + line.get("stall_s", 0.0)
 
     def _feed_step(self, line: Mapping[str, Any]) -> None:
         if line.get("attempt") != self.attempt and line["step"] > self.after_step:

@@ -21,7 +21,7 @@ LOG_FROM = 4
 GIB = 2**30
 NUM_SETS = 4
 """So many held-out sets and scores are told."""
-STATE_STYLES = {"training": "green", "running": "green", "finished": "green"}
+STATE_STYLES = {"training": "green", "trained": "green", "running": "green", "finished": "green"}
 
 
 class LiveView:
@@ -37,7 +37,7 @@ class LiveView:
         table.add_column(no_wrap=True, overflow="ellipsis")
         for name, text in self._rows(width - 12, ascii_only=options.ascii_only):
             table.add_row(name, text)
-        yield Group(self._headline(width), self._bar(width), table)
+        yield Group(Text(), self._headline(width), self._bar(width), table)
 
     def _headline(self, width: int) -> Text:
         state = self._state
@@ -130,7 +130,7 @@ class LiveView:
         text = "no checkpoint yet"
         if commit:
             ago = "" if state.commit_time is None else f", {duration(max(0.0, time.time() - state.commit_time))} ago"
-            text = f"step {commit['step']:,}{ago}, {commit['size_bytes'] / GIB:,.2f} GiB in {commit['seconds']:.1f} s"
+            text = f"step {commit['step']:,}{ago}, {commit['size_bytes'] / 1e6:,.1f} MB in {commit['seconds']:.1f} s"
         restarts = state.attempt - 1
         return text + (f"   {restarts} restart{'s' * (restarts > 1)}, now on from step {state.after_step:,}") * bool(
             restarts

@@ -274,7 +274,7 @@ class Pace:
 def _pace(lines: Sequence[Mapping[str, Any]]) -> Pace | None:
     """The pace of the steps in these lines, which are of one start. None before the first."""
     steps = [line for line in lines if line["event"] == "step"]
-    besides_s = sum(line["seconds"] for line in lines if line["event"] == "held_out")
+    besides_s = sum(line["seconds"] for line in lines if line["event"] in ("held_out", "score"))
     besides_s += sum(line["stall_s"] for line in lines if line["event"] == "commit")
     return pace_of(steps[-RATE_STEPS:], num_steps=len(steps), besides_s=besides_s)
 

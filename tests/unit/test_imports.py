@@ -27,7 +27,8 @@ data.draws data.schedule data.steps
 data.shown
 status status_report live_state live_view live_tracker tensorboard_tracker trackers
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
-data.inspect_sample data.inspect_figures data.store_note data.inspect data.inspect_page
+data.inspect_sample data.inspect_figures data.store_note data.inspect data.page_template data.inspect_page
+report_data report_figures report_numbers report_charts report_evaluation report_parts report_png report
 -- torch below this line
 data.batch
 model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
