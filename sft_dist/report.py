@@ -5,6 +5,7 @@ No script, no request; everything that comes from files is escaped by the templa
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None) -> lis
     """
     if len(run_dirs) > MAX_RUNS:
         raise ConfigError(f"{len(run_dirs)} runs were given; {MAX_RUNS} at most can be told apart on one page")
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+    runs = told_apart([read_run(run_dir) for run_dir in run_dirs])
     if len(runs) > 1:
         path = output or Path(REPORT)
         path.write_text(render_comparison(runs), encoding="utf-8")
@@ -39,6 +40,12 @@ def write_report(run_dirs: Sequence[Path], *, output: Path | None = None) -> lis
     png = path.with_name(CURVE)
     missing = write_png(png, runs[0])
     return [_written("report", path), missing or _written("curve", png)]
+
+
+def told_apart(runs: Sequence[RunData]) -> list[RunData]:
+    """Runs that share their name go by their path."""
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.run_dir)) if names.count(run.name) > 1 else run for run in runs]
 
 
 def _written(what: str, path: Path) -> str:
@@ -104,7 +111,7 @@ def _drawn(charts: Sequence[Chart]) -> list[dict[str, Any]]:
 def _lede(run: RunData) -> str:
     model = (run.recipe.get("model") or {}).get("path")
     where = run.environment
-    on = f" {where['engine']} on {where['world_size']} x {where['device_name']}." if "engine" in where else ""
+    on = f" Engine {where['engine']}, {where['world_size']} x {where['device_name']}." if "engine" in where else ""
     return f"{run.state()[0].upper()}{run.state()[1:]}.{f' Trained from {model}.' if model else ''}{on}"
 
 
@@ -118,7 +125,7 @@ def _curves_intro(run: RunData) -> str:
 def _evaluation_intro(run: RunData) -> str:
     found = run.evaluation
     base = f", against {found['base']}" if found.get("base") else ""
-    return safe(f"Of {found.get('model', 'the exported model')}{base}; intervals as evaluation.json has them.")
+    return safe(f"Of {found.get('model', 'the exported model')}{base}. Grey is before, green after, with intervals.")
 
 
 def _answers_intro(run: RunData) -> str:

@@ -23,10 +23,15 @@ def last_step(run: RunData) -> int:
     return int(run.steps[-1]["step"]) if run.steps else 1
 
 
+def held_out_label(name: str) -> str:
+    """What the set is called beside other lines."""
+    return "held out" if name == "held_out" else f"held out: {safe(name)}"
+
+
 def loss_chart(run: RunData) -> Chart:
     raw = run.series("loss")
     lines = [Line("each step", "raw", raw), Line("smoothed", "smooth", smoothed(raw))]
-    lines += [Line(f"held out: {safe(name)}", "dots", series) for name, series in run.held_out().items()]
+    lines += [Line(held_out_label(name), "dots", series) for name, series in run.held_out().items()]
     objective = run.recipe.get("loss", "example_mean")
     first = 0 if any(len(series[0]) and series[0][0] == 0 for series in run.held_out().values()) else 1
     return Chart(
@@ -91,6 +96,6 @@ def score_charts(run: RunData) -> list[Chart]:
         lines = [Line(safe(task), f"run-{place}", series) for place, (task, series) in enumerate(drawn, start=1)]
         charts.append(
             Chart(f"scores-{index}", f"Scores: {safe(name)}", f"Answers against the truth, 0 to 1.{more}", lines,
-                  marks_of(run), from_zero=True, first_step=0, last_step=last_step(run))
+                  marks_of(run), to_one=True, first_step=0, last_step=last_step(run))
         )  # fmt: skip
     return charts

@@ -15,7 +15,6 @@ import yaml
 from numpy.typing import NDArray
 
 from sft_dist.data.store import TokenStore
-from sft_dist.environment import all_peak_flops
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.metrics import read_lines
 from sft_dist.redact import redacted_tree
@@ -51,6 +50,7 @@ class RunData:
     """A run as its files tell it. `lines`, by event: the attempt that counts, in the order of steps."""
 
     run_dir: Path
+    name: str
     starts: Sequence[Mapping[str, Any]]
     lines: Mapping[str, Sequence[Mapping[str, Any]]]
     recipe: Mapping[str, Any]
@@ -58,10 +58,6 @@ class RunData:
     questions: tuple[Question, ...]
     store: TokenStore | None
     interrupted: Mapping[str, Any] | None
-
-    @property
-    def name(self) -> str:
-        return self.run_dir.resolve().name
 
     @property
     def last_start(self) -> Mapping[str, Any]:
@@ -85,9 +81,16 @@ class RunData:
         return self.last_start.get("num_steps")
 
     @property
-    def peak_flops(self) -> float | None:
-        """Of all devices of the newest start."""
-        return all_peak_flops(self.last_start)
+    def newest_steps(self) -> Sequence[Mapping[str, Any]]:
+        """Those of the newest start that has done some."""
+        attempt = self.steps[-1].get("attempt") if self.steps else None
+        return [line for line in self.steps if line.get("attempt") == attempt]
+
+    @property
+    def steps_start(self) -> Mapping[str, Any]:
+        """The start that did them."""
+        attempt = self.steps[-1].get("attempt") if self.steps else None
+        return next((start for start in self.starts if start["attempt"] == attempt), {})
 
     @property
     def planned_memory(self) -> Mapping[str, float]:
@@ -152,6 +155,7 @@ def read_run(run_dir: Path) -> RunData:
     starts = read_starts(run_dir)
     return RunData(
         run_dir=run_dir,
+        name=run_dir.resolve().name,
         starts=starts,
         lines=_lines(run_dir / METRICS, starts),
         recipe=redacted_tree(_read_yaml(run_dir / CONFIG)),

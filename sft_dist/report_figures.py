@@ -61,9 +61,12 @@ class Axis:
     def ticks(self) -> list[float]:
         """Round values inside."""
         if self.is_log:
-            powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            every = max(1, math.ceil(len(powers) / 4))
-            return [10.0**power for power in powers][::every] or [self.low, self.high]
+            powers = range(math.floor(math.log10(self.low)), math.floor(math.log10(self.high) + 1e-9) + 1)
+            marks = [10.0**power for power in powers]
+            if len(marks) <= 3:
+                marks = [step * mark for mark in marks for step in (1, 2, 5)]
+            inside = [mark for mark in marks if self.low * (1 - 1e-9) <= mark <= self.high * (1 + 1e-9)]
+            return inside[:: max(1, math.ceil(len(inside) / 5))] or [self.low, self.high]
         step = round_step((self.high - self.low) / 4)
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
@@ -80,6 +83,7 @@ class Chart:
     marks: Sequence[Mark] = ()
     is_log: bool = False
     from_zero: bool = False
+    to_one: bool = False
     digits: int = 4
     first_step: int = 1
     last_step: int = 1
@@ -88,6 +92,8 @@ class Chart:
         """What the template needs: paths, ticks and marks in percent, and a table of some of the values."""
         shown = [line for line in self.lines if len(line.finite[0])]
         axis = value_axis([line.finite[1] for line in shown], is_log=self.is_log, from_zero=self.from_zero)
+        if self.to_one:
+            axis = Axis(0.0, 1.0)
         across = Axis(self.first_step, max(self.last_step, self.first_step + 1))
         return {
             "id": self.id,

@@ -3,6 +3,7 @@
 import numpy as np
 
 from sft_dist.data.shown import safe
+from sft_dist.environment import all_peak_flops
 from sft_dist.live_view import flops_text
 from sft_dist.report_data import RunData, Series
 from sft_dist.report_figures import exact_text, smoothed
@@ -17,9 +18,8 @@ def mean_tokens_per_s(run: RunData) -> float | None:
 
 
 def flops_per_s(run: RunData) -> float | None:
-    """Of all devices, over the steps of the newest start, on whose devices they were done."""
-    attempt = run.last_start.get("attempt", 1)
-    known = [line for line in run.steps if line.get("flops") and line.get("attempt") == attempt]
+    """Of all devices, over the steps of the newest start that has done some: an earlier one may have had others."""
+    known = [line for line in run.newest_steps if line.get("flops")]
     return sum(line["flops"] for line in known) / sum(line["seconds"] for line in known) if known else None
 
 
@@ -28,9 +28,10 @@ def utilisation(run: RunData) -> str:
     done = flops_per_s(run)
     if done is None:
         return ""
-    if run.peak_flops:
-        return f"MFU {done / run.peak_flops:.1%}"
-    return f"{flops_text(done / (run.environment.get('world_size') or 1))} a device"
+    if peak := all_peak_flops(run.steps_start):
+        return f"MFU {done / peak:.1%}"
+    environment = run.steps_start.get("environment") or {}
+    return f"{flops_text(done / (environment.get('world_size') or 1))} a device"
 
 
 def last_of(series: Series) -> str:

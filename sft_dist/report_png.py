@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sft_dist.report_charts import held_out_label
 from sft_dist.report_data import RunData
 from sft_dist.report_figures import decimate, smoothed
 
@@ -24,8 +25,7 @@ def write_png(path: Path, run: RunData) -> str:
     top.plot(*decimate((raw[0][finite], raw[1][finite])), color=RAW, linewidth=0.8, label="each step")
     top.plot(*smooth, color=SMOOTH, linewidth=1.8, label="smoothed")
     for (name, series), marker in zip(run.held_out().items(), "osD^v*", strict=False):
-        label = "held out" if name == "held_out" else f"held out: {name}"
-        top.plot(*series, marker, color=DOTS, markersize=5, label=_plain(label))
+        top.plot(*series, marker, color=DOTS, markersize=5, label=_plain(held_out_label(name)))
     bottom.plot(*run.series("lr"), color=SMOOTH, linewidth=1.5)
     for axes in (top, bottom):
         for step in run.restarts():

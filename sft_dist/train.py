@@ -5,6 +5,8 @@ import functools
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,9 @@ REPLAY_TOLERANCE = {
 }
 """What a step's loss may differ by, relatively, when it is trained again: on as many processes it is bit for bit the
 same on a CPU, on others it is rounded differently."""
+
+
+REPORT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -179,8 +184,26 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
         model_dir = _export(engine, job) if finished else None
     engine.close()
     watchdog.finish()
+    if world.is_main:
+        write_report_apart(recipe.run.path, console)
     steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
     return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
+
+
+def write_report_apart(run_dir: Path, console: Console) -> None:
+    """Write report.html and curve.png. Best effort, in a process of its own: the run is done whatever comes of it."""
+    command = [sys.executable, "-m", "sft_dist", "report", str(run_dir)]
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REPORT_TIMEOUT_S, env=environ)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("no report was written: %s; `sft-dist report %s` tries again", error, run_dir)
+        return
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        logger.warning("no report was written: %s; `sft-dist report %s` tries again", reason[0], run_dir)
+    else:
+        console.print(done.stdout.strip(), markup=False, highlight=False)
 
 
 def note_start(job: Job, *, banner: Sequence[tuple[str, str]]) -> None:
