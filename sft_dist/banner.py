@@ -32,8 +32,11 @@ def show_banner(
     agreement: Agreement,
     continuation: Continuation | None,
     attempt: int,
-) -> None:
-    """Print run, model, engine, batch arithmetic, the check before step 1, and what a resumed run goes on from."""
+) -> list[tuple[str, str]]:
+    """Print run, model, engine, batch arithmetic, the check before step 1, and what a resumed run goes on from.
+
+    Returns what was printed, as name and text of each line.
+    """
     recipe, schedule = job.recipe, job.schedule
     _, first_ids = schedule.example_ids(schedule.first_step)
     start = f"resumed after step {continuation.step}" if continuation else "from step 1"
@@ -74,10 +77,12 @@ def show_banner(
         cost=CostModel.from_config(model.causal_lm.config.to_dict()) or CostModel(),
         origin=job.store.origin,
     )
-    rows = [*lines.items(), *balance, *(_continuation(continuation) if continuation else ())]
+    lines_all = [*lines.items(), *balance, *(_continuation(continuation) if continuation else ())]
+    rows = [(name, redacted(text)) for name, text in lines_all]
     for name, text in rows:
-        table.add_row(name, Text(redacted(text)))  # Text: a path may hold what looks like markup
+        table.add_row(name, Text(text))  # Text: a path may hold what looks like markup
     console.print(table, highlight=False)
+    return rows
 
 
 def balance_lines(

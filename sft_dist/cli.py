@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_train(verbs: "Verbs") -> None:
-    """train, launch, submit, checkpoints, status, sync"""
+    """train, launch, submit, checkpoints, status, report, sync"""
     train = _recipe_verb(
         verbs,
         "train",
@@ -110,7 +110,14 @@ def _add_train(verbs: "Verbs") -> None:
     )
     status.add_argument("--ranks", action="store_true", help="show each process, also when nothing is wrong")
     status.add_argument("--json", action="store_true", help="print JSON: an object for a run, a list for several")
+    status.add_argument("--watch", action="store_true", help="show the run live, as its own terminal does")
     status.set_defaults(verb=_status)
+
+    report = verbs.add_parser("report", help="a run as one self-contained page, or several runs compared on one")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's directory, e.g. runs/clinic")
+    text = "default: report.html in the run's directory, with curve.png beside it; here for several runs"
+    report.add_argument("-o", "--output", type=Path, metavar="PAGE", help=text)
+    report.set_defaults(verb=_report)
 
     sync = verbs.add_parser("sync", help="send a run's metrics to wandb, now or again")
     sync.add_argument("run", type=Path, help="a run's directory, e.g. runs/clinic")
@@ -414,6 +421,8 @@ def _status(arguments: argparse.Namespace) -> int:
     from sft_dist.status import is_run, read_statuses, runs_at
     from sft_dist.status_report import print_status, print_statuses, to_json
 
+    if arguments.watch:
+        return _watch(arguments)
     statuses = read_statuses(runs_at(arguments.run))
     if is_run(arguments.run):
         if arguments.json:
@@ -424,6 +433,26 @@ def _status(arguments: argparse.Namespace) -> int:
         print(to_json(statuses))
     else:
         print_statuses(statuses, make_console())
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from sft_dist.console import make_console
+    from sft_dist.errors import ConfigError
+    from sft_dist.live_tracker import watch
+    from sft_dist.status import runs_at
+
+    runs = runs_at(arguments.run)
+    if len(runs) > 1:
+        raise ConfigError(f"{arguments.run}: holds {len(runs)} runs; --watch shows one: name its directory")
+    watch(runs[0], make_console())
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from sft_dist.report import write_report
+
+    print("\n".join(write_report(arguments.runs, output=arguments.output)))
     return 0
 
 

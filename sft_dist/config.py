@@ -266,6 +266,9 @@ class TrainSection(Section):
     spike_guard: float | None = Field(
         None, gt=1, description="withhold an update whose loss is above so many times the median of the last 32"
     )
+    tensorboard: bool = Field(
+        False, description="write event files for TensorBoard into <run>/tensorboard; needs the package tensorboard"
+    )
     timeout_s: float = Field(
         1800.0, gt=0, description="longest time without progress on any process, in seconds; then the run is ended"
     )

@@ -17,9 +17,11 @@ from sft_dist.errors import NotFiniteError
 from sft_dist.forward_time import ForwardTime
 from sft_dist.guard import reason_to_withhold
 from sft_dist.measuring import Measuring, is_due
-from sft_dist.metrics import CommitMetrics, step_metrics
+from sft_dist.metrics import CommitMetrics
 from sft_dist.optim import lr_at
 from sft_dist.run_files import STOP_FILE
+from sft_dist.shape import ModelShape
+from sft_dist.step_measure import step_metrics
 from sft_dist.trackers import Trackers
 from sft_dist.watchdog import Watchdog
 from sft_dist.world import StopRequest, World
@@ -46,6 +48,7 @@ def train_loop(
 ) -> RunState:
     """Train until the last step or a stop request; the state it returns is committed."""
     forward_time = ForwardTime(engine.device)
+    shape = ModelShape.from_config(engine.model.causal_lm.config.to_dict())
     started = time.perf_counter()
     for batch in steps:
         shares = []
@@ -77,6 +80,7 @@ def train_loop(
             withheld=withheld,
             lr=lr,
             seconds=time.perf_counter() - started,
+            shape=shape,
             device=engine.device,
             attempt=attempt,
         )

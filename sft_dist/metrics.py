@@ -7,19 +7,10 @@ the next `attempt`; readers take the last attempt of a step and ignore a torn la
 import json
 import logging
 import math
-import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-import xxhash
-
-from sft_dist.data.batch import StepBatch
-from sft_dist.engine.interface import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +43,10 @@ class StepMetrics:
     peak_memory_bytes: int
     """Of rank 0: device memory on GPU, resident set on CPU; since the run began."""
     attempt: int
+    flops: float | None = None
+    """Model FLOPs of forward and backward over all ranks, by `ModelShape.step_flops`; None for an unknown shape."""
+    memory_bytes: int | None = None
+    """The same memory at the end of the step."""
 
 
 @dataclass(frozen=True)
@@ -112,47 +107,6 @@ EVENTS = {
     CommitMetrics: "commit",
     ChangeMetrics: "change",
 }
-
-
-def step_metrics(
-    batch: StepBatch,
-    result: StepResult,
-    *,
-    loss: float,
-    withheld: str | None,
-    lr: float,
-    seconds: float,
-    device: torch.device,
-    attempt: int,
-) -> StepMetrics:
-    """The metrics of a step that took `seconds`."""
-    return StepMetrics(
-        step=batch.step,
-        epoch=batch.epoch,
-        loss=loss,
-        lr=lr,
-        grad_norm=result.grad_norm,
-        applied=result.applied,
-        withheld=withheld,
-        examples=batch.num_examples,
-        batch=xxhash.xxh3_64_hexdigest(np.ascontiguousarray(batch.example_ids, dtype=np.int64).tobytes()),
-        tokens=batch.num_tokens,
-        response_tokens=batch.num_responses,
-        tokens_per_s=batch.num_tokens / seconds,
-        seconds=seconds,
-        pack_fill=batch.pack_fill,
-        imbalance=batch.imbalance,
-        peak_memory_bytes=peak_memory_bytes(device),
-        attempt=attempt,
-    )
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak device memory, or the peak resident set of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def to_line(metrics: Metrics) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -274,14 +274,18 @@ class Pace:
 def _pace(lines: Sequence[Mapping[str, Any]]) -> Pace | None:
     """The pace of the steps in these lines, which are of one start. None before the first."""
     steps = [line for line in lines if line["event"] == "step"]
-    if not steps:
+    besides_s = sum(line["seconds"] for line in lines if line["event"] in ("held_out", "score"))
+    besides_s += sum(line["stall_s"] for line in lines if line["event"] == "commit")
+    return pace_of(steps[-RATE_STEPS:], num_steps=len(steps), besides_s=besides_s)
+
+
+def pace_of(newest: Collection[Mapping[str, Any]], *, num_steps: int, besides_s: float) -> Pace | None:
+    """newest: lines of the newest steps of a start. besides_s: seconds that its `num_steps` steps did not take."""
+    if not newest:
         return None
-    newest = steps[-RATE_STEPS:]
     step_s = statistics.median(line["seconds"] for line in newest)
-    besides = sum(line["seconds"] for line in lines if line["event"] in ("held_out", "score"))
-    besides += sum(line["stall_s"] for line in lines if line["event"] == "commit")
     tokens_per_s = statistics.median(line["tokens_per_s"] for line in newest)
-    return Pace(step_s, step_s + besides / len(steps), tokens_per_s)
+    return Pace(step_s, step_s + besides_s / num_steps, tokens_per_s)
 
 
 def _last(lines: Sequence[Mapping[str, Any]], event: str) -> Mapping[str, Any]:

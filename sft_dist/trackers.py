@@ -1,4 +1,4 @@
-"""Where metrics go: the JSONL file, the console, wandb. Rank 0 only; other ranks get a tracker that does nothing."""
+"""Where metrics go: the JSONL file, the terminal, wandb, TensorBoard. Rank 0 only; other ranks have none."""
 
 import contextlib
 import errno
@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft_dist.config import Recipe
+from sft_dist.environment import all_peak_flops
+from sft_dist.live_tracker import LiveTracker, can_be_live
 from sft_dist.metrics import (
     ChangeMetrics,
     CommitMetrics,
@@ -27,6 +28,8 @@ from sft_dist.metrics import (
 )
 from sft_dist.redact import redacted, redacted_tree
 from sft_dist.run_files import METRICS
+from sft_dist.run_record import read_starts
+from sft_dist.tensorboard_tracker import TensorboardTracker
 from sft_dist.wandb_process import Start, WandbFailureError, WandbProcess, make_run_id
 
 logger = logging.getLogger(__name__)
@@ -106,22 +109,10 @@ class JsonlTracker:
 
 
 class ConsoleTracker:
-    """A progress bar on a terminal, plain lines elsewhere."""
+    """Plain lines, for logs and for terminals that are too narrow for the live view: about a hundred over the run."""
 
-    def __init__(self, console: Console, *, num_steps: int, done: int) -> None:
+    def __init__(self, console: Console, *, num_steps: int) -> None:
         self._console, self._num_steps = console, num_steps
-        self._progress: Progress | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("[bold]step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=console)
-            self._task = self._progress.add_task("", total=num_steps, completed=done)
-            self._progress.start()
 
     def log(self, metrics: Metrics) -> None:
         if isinstance(metrics, HeldOutMetrics):
@@ -151,21 +142,16 @@ class ConsoleTracker:
             return
         if isinstance(metrics, ChangeMetrics):
             return  # the banner says it
-        skipped = f"  SKIPPED: {metrics.withheld}" * (not metrics.applied)
-        numbers = (
-            f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  |g| {metrics.grad_norm:.3f}  "
-            f"{metrics.tokens_per_s:,.0f} tok/s{skipped}"
-        )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=metrics.step, description=numbers)
-        elif (
-            metrics.step == self._num_steps or metrics.step % max(1, self._num_steps // 100) == 0 or not metrics.applied
-        ):
-            self._console.print(f"step {metrics.step}/{self._num_steps}  {numbers}", highlight=False)
+        is_due = metrics.step == self._num_steps or metrics.step % max(1, self._num_steps // 100) == 0
+        if is_due or not metrics.applied:
+            skipped = f"  SKIPPED: {metrics.withheld}" * (not metrics.applied)
+            self._console.print(
+                f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
+                f"|g| {metrics.grad_norm:.3f}  {metrics.tokens_per_s:,.0f} tok/s{skipped}",
+                highlight=False,
+            )
 
-    def close(self, *, failed: bool = False) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+    def close(self, *, failed: bool = False) -> None: ...
 
 
 class WandbTracker:
@@ -178,11 +164,14 @@ class WandbTracker:
         self,
         recipe: Recipe,
         *,
+        peak_flops: float | None = None,
         init_timeout_s: float = 30.0,
         finish_timeout_s: float = 15.0,
         close_timeout_s: float = 20.0,
     ) -> None:
-        """close_timeout_s: the longest that `close` waits; above finish_timeout_s, when wandb gives up by itself."""
+        """peak_flops: of all devices together.
+
+        close_timeout_s: the longest that `close` waits; above finish_timeout_s, when wandb gives up by itself."""
         assert recipe.wandb is not None
         self._run_dir = recipe.run.path
         self._close_timeout_s = close_timeout_s
@@ -199,6 +188,7 @@ class WandbTracker:
                 stats_pid=os.getpid(),
                 init_timeout_s=init_timeout_s,
                 finish_timeout_s=finish_timeout_s,
+                peak_flops=peak_flops,
             )
             self._process = WandbProcess(start)
         except (OSError, WandbFailureError) as error:
@@ -252,12 +242,15 @@ class ReplayTracker:
 
 
 def start_trackers(recipe: Recipe, *, console: Console, num_steps: int, done: int, replay: Replay) -> Trackers:
-    """The trackers of rank 0."""
-    trackers: list[Tracker] = [
-        JsonlTracker(recipe.run.path / METRICS),
-        ConsoleTracker(console, num_steps=num_steps, done=done),
-        ReplayTracker(replay),
-    ]
+    """The trackers of rank 0. done: the step the run goes on after."""
+    run_dir = recipe.run.path
+    peak_flops = all_peak_flops(next(reversed(read_starts(run_dir)), {}))
+    shown: Tracker = ConsoleTracker(console, num_steps=num_steps)
+    if can_be_live(console):
+        shown = LiveTracker(console, run_dir, done=done)
+    trackers: list[Tracker] = [JsonlTracker(run_dir / METRICS), shown, ReplayTracker(replay)]
     if recipe.wandb is not None:
-        trackers.append(WandbTracker(recipe))
+        trackers.append(WandbTracker(recipe, peak_flops=peak_flops))
+    if recipe.train.tensorboard:
+        trackers.append(TensorboardTracker(run_dir, done=done, peak_flops=peak_flops))
     return Trackers(trackers)

@@ -5,7 +5,9 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from sft_dist.commits import RunState
 from sft_dist.config import Recipe
 from sft_dist.data.batch import load_steps
 from sft_dist.data.schedule import CostModel, global_batches
+from sft_dist.data.store_note import store_note
 from sft_dist.engine.collectives import (
     join_process_group,
     on_main,
@@ -28,6 +31,7 @@ from sft_dist.engine.collectives import (
 )
 from sft_dist.engine.interface import Engine
 from sft_dist.engine.start import start_engine
+from sft_dist.environment import describe_environment
 from sft_dist.errors import CheckpointError, ConfigError, SftDistError
 from sft_dist.evaluate import HeldOutSet, evaluating
 from sft_dist.freed_pages import keep_freed_pages
@@ -48,7 +52,7 @@ from sft_dist.profiling import profiled_steps
 from sft_dist.quiet import quiet_libraries
 from sft_dist.rank_log import flight_recorder_env, per_rank_log
 from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL
-from sft_dist.run_record import record_end, record_start
+from sft_dist.run_record import amend_start, record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
 from sft_dist.world import StopRequest, report_at_work
@@ -63,6 +67,9 @@ REPLAY_TOLERANCE = {
 }
 """What a step's loss may differ by, relatively, when it is trained again: on as many processes it is bit for bit the
 same on a CPU, on others it is rounded differently."""
+
+
+REPORT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,10 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
 
     attempt, is_new_curve = on_main(record, world=world, device=job.device) or (0, False)
     if world.is_main:
-        show_banner(console, job, model=engine.model, agreement=agreement, continuation=continuation, attempt=attempt)
+        said = show_banner(
+            console, job, model=engine.model, agreement=agreement, continuation=continuation, attempt=attempt
+        )
+        note_start(job, banner=said)
     state = _train(
         engine,
         state,
@@ -178,8 +188,41 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
         model_dir = _export(engine, job) if finished else None
     engine.close()
     watchdog.finish()
+    if world.is_main:
+        write_report_apart(recipe.run.path, console)
     steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
     return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
+
+
+def write_report_apart(run_dir: Path, console: Console) -> None:
+    """Write report.html and curve.png. Best effort, in a process of its own: the run is done whatever comes of it."""
+    command = [sys.executable, "-m", "sft_dist", "report", str(run_dir)]
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REPORT_TIMEOUT_S, env=environ)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("no report was written: %s; `sft-dist report %s` tries again", error, run_dir)
+        return
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        logger.warning("no report was written: %s; `sft-dist report %s` tries again", reason[0], run_dir)
+    else:
+        console.print(done.stdout.strip(), markup=False, highlight=False)
+
+
+def note_start(job: Job, *, banner: Sequence[tuple[str, str]]) -> None:
+    """Note in run.json on what this start computes, its data, and what was said of it: for `sft-dist report`."""
+    settings = {"engine": job.engine_name, "dtype": str(job.dtype).removeprefix("torch.")}
+    if job.device.type == "cuda":
+        settings["cuda"] = str(torch.version.cuda)
+    environment = describe_environment(
+        device=job.device.type,
+        device_name=torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "",
+        world=job.world,
+        settings=settings | {"attention": job.backend.name},
+    )
+    notes = {"environment": environment, "data": store_note(job.store), "banner": banner}
+    amend_start(job.recipe.run.path, notes)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ the child then marks the run as failed and ends too.
 """
 
 import json
-import math
 import os
 import re
 import select
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
+from sft_dist.metric_names import named_numbers
 from sft_dist.redact import redacted
 
 Mode = Literal["online", "offline"]
@@ -53,28 +53,8 @@ class Start:
     """The process whose CPU and memory are shown beside the metrics; None: no system metrics."""
     init_timeout_s: float = 30.0
     finish_timeout_s: float = 15.0
-
-
-def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a record, by name.
-
-    What belongs to a step keeps its name, and `step` itself is the axis; other kinds come under their own
-    (`held_out/loss`, `held_out/step`), because records of one step share a row at wandb and both have `seconds`. So do
-    those of several held-out sets and of tasks: `held_out/clinic/loss`, `score/held_out/calculator/score`.
-    """
-    event = line.get("event", "step")
-    kind = event
-    if event == "score":
-        kind = f"score/{line['set']}/{line['task']}"
-    elif event == "held_out" and line.get("set", "held_out") != "held_out":
-        kind = f"held_out/{line['set']}"
-    found = {}
-    for name, value in line.items():
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            found[name if event == "step" else f"{kind}/{name.removeprefix(f'{event}_')}"] = +value
-    if event == "step":
-        found.pop("step", None)
-    return found
+    peak_flops: float | None = None
+    """Of all devices together, for the MFU."""
 
 
 class WandbProcess:
@@ -198,7 +178,7 @@ def _serve(records: IO[bytes], answers: IO[str]) -> int:
         # wandb drops a row whose step has passed: right for a step that is replayed, not for a commit that comes late.
         if record.get("event") != "step":
             step = max(step, latest)
-        run.log(numbers(record), step=step)
+        run.log(named_numbers(record, peak_flops=start.peak_flops), step=step)
         latest = max(step, latest)
         num_sent += 1
     # wandb's own limit comes first: it keeps what it could not send.

@@ -7,9 +7,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from sft_dist import run_files
+from sft_dist.environment import all_peak_flops
 from sft_dist.errors import BackendError, ConfigError
 from sft_dist.metrics import read_lines
 from sft_dist.redact import redacted_tree
+from sft_dist.run_record import read_starts
 from sft_dist.wandb_process import Mode, Start, WandbFailureError, WandbProcess, make_run_id
 
 
@@ -44,6 +46,7 @@ def sync_run(
         stats_pid=None,
         init_timeout_s=init_timeout_s,
         finish_timeout_s=finish_timeout_s,
+        peak_flops=all_peak_flops(next(reversed(read_starts(run_dir)), {})),
     )
     try:
         # What wandb has is replaced: not while the run itself is sending.
@@ -90,7 +93,7 @@ def _last_attempts(path: Path) -> list[dict[str, Any]]:
 
     Raises ConfigError where there are none.
     """
-    last = {(line["step"], line.get("event")): line for line in read_lines(path) if "step" in line}
+    last = {(line["step"], *(line.get(key) for key in ("event", "set", "task"))): line for line in read_lines(path)}
     if not last:
         raise ConfigError(f"{path}: no records; nothing to send")
     return sorted(last.values(), key=lambda line: int(line["step"]))

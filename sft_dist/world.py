@@ -85,6 +85,18 @@ def launcher_has_store(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def launcher_name(environ: Mapping[str, str] = os.environ) -> str:
+    """What started this process, as far as the environment tells, for people to read."""
+    by_slurm = f"SLURM job {environ['SLURM_JOB_ID']}" if environ.get("SLURM_JOB_ID") else ""
+    if EXIT_CODES in environ:
+        started_by = "sft-dist launch"
+    elif "TORCHELASTIC_RUN_ID" in environ:
+        started_by = "torchrun or accelerate"
+    else:
+        started_by = "" if "RANK" not in environ else "RANK and WORLD_SIZE in the environment"
+    return ", ".join(filter(None, (by_slurm, started_by))) or "none, one process"
+
+
 def check_launcher_agrees(engine: str, *, dtype: str, environ: Mapping[str, str] = os.environ) -> None:
     """Refuse an accelerate config that asks for something else than the recipe.
 

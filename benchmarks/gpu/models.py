@@ -4,7 +4,6 @@ T = packed tokens, R = response tokens, S2 = sum of squared document lengths
 L = layers, H = hidden size, Hq/Hk = query/key heads, D = head dimension, I = intermediate size, V = vocabulary
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +12,6 @@ from sft_dist.engine_choice import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, s
 from sft_dist.shape import ModelShape
 
 BF16_BYTES = 2
-
-PEAK_FLOPS = (
-    (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
-    (r"H100|H200|H800|GH200", 989e12),
-    (r"B200", 2250e12),
-    (r"A100|A800", 312e12),
-    (r"L40S", 362e12),
-    (r"L40|RTX 6000 Ada", 181e12),
-)
-"""Dense bf16 FLOP/s by the vendor's data sheets; the first pattern that is in the card's name."""
 
 RESERVED_BYTES = 2 * 2**30
 """What CUDA, its libraries and a fragmented cache take of a card."""
@@ -127,11 +115,6 @@ TINY = Case(
     pack_tokens=384,
     packs=2,
 )
-
-
-def peak_flops(card: str) -> float | None:
-    """Dense bf16 FLOP/s of a card by its name; None for one that is not in the table."""
-    return next((peak for pattern, peak in PEAK_FLOPS if re.search(pattern, card)), None)
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:

@@ -31,10 +31,10 @@ from sft_dist.data.batch import StepBatch, build_step, load_steps
 from sft_dist.engine.interface import Engine
 from sft_dist.engine.start import start_engine
 from sft_dist.loop import seed_forward
-from sft_dist.metrics import peak_memory_bytes
 from sft_dist.model.attention import Backend, choose_backend
 from sft_dist.model.load import load_model
 from sft_dist.optim import build_adamw
+from sft_dist.step_measure import peak_memory_bytes
 from sft_dist.world import World
 
 LR = 1e-5

@@ -56,7 +56,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank runs in one step, and what the step holds over all ranks."""
+    """What one rank runs in one step, and what the step holds over all ranks. sum_squares: of document lengths."""
 
     step: int
     epoch: int
@@ -64,6 +64,7 @@ class StepBatch:
     num_examples: int
     num_tokens: int
     num_responses: int
+    sum_squares: int
     pack_fill: float
     imbalance: float
     example_ids: np.ndarray
@@ -146,6 +147,7 @@ def build_step(
         num_examples=len(ids),
         num_tokens=num_tokens,
         num_responses=int(num_responses.sum()),
+        sum_squares=int((store.lengths[ids] ** 2).sum()),
         pack_fill=num_tokens / capacity,
         imbalance=batch.imbalance,
         example_ids=ids,

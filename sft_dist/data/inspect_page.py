@@ -4,11 +4,9 @@ Everything that comes from the data is escaped by the template; nothing in a row
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from sft_dist import __version__
@@ -17,6 +15,7 @@ from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.inspect import layout_lines
 from sft_dist.data.inspect_figures import Bins, Cause, Layout, causes, fill_counts, length_bins, source_counts
 from sft_dist.data.inspect_sample import Sample, runs_of
+from sft_dist.data.page_template import page_template
 from sft_dist.data.shown import safe
 from sft_dist.data.store import TokenStore
 
@@ -45,12 +44,12 @@ def render_page(
     """The page as text; the same for the same store, recipe and samples."""
     tokenizer = ChatTokenizer.load(store.tokenizer_dir)
     sources = source_counts(store)
-    return _template().render(
+    return page_template("inspect_page.html").render(
         version=__version__,
         title=f"{recipe.run.name}: {part}",
         tiles=_tiles(store),
         facts=_facts(recipe, store),
-        samples=[_sample(store, sample, tokenizer) for sample in samples],
+        samples=[shown_sample(store, sample, tokenizer) for sample in samples],
         charts=_length_charts(store),
         lengths_intro=_lengths_intro(store),
         rows_intro=f"{store.meta['rows_read']:,} rows were read and {store.meta['rows_kept']:,} kept.",
@@ -63,12 +62,6 @@ def render_page(
         no_layout=_clipped(layout) if isinstance(layout, str) else None,
         fill_chart=_fill_chart(layout) if isinstance(layout, Layout) and layout.fills else None,
     )
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(Path(__file__).with_name("inspect_page.html").read_text(encoding="utf-8"))
 
 
 def _tiles(store: TokenStore) -> list[dict[str, str]]:
@@ -94,7 +87,8 @@ def _facts(recipe: Recipe, store: TokenStore) -> dict[str, str]:
     }
 
 
-def _sample(store: TokenStore, sample: Sample, tokenizer: ChatTokenizer) -> dict[str, Any]:
+def shown_sample(store: TokenStore, sample: Sample, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """What the template's sample_article draws."""
     example = store.example(sample.index)
     num_tokens, num_trained = len(example.input_ids), int(example.is_response.sum())
     title = sample.why[0].upper() + sample.why[1:]
@@ -118,10 +112,27 @@ def _length_charts(store: TokenStore) -> list[dict[str, Any]]:
     bins = length_bins(store)
     prompts = store.lengths - store.num_responses
     return [
-        _chart("prompt-lengths", "Prompt tokens", prompts, bins),
-        _chart("response-lengths", "Response tokens", store.num_responses, bins),
-        _chart("example-lengths", "Prompt and response together", store.lengths, bins),
+        length_chart("prompt-lengths", "Prompt tokens", bins.counts(prompts), bins, caption=_caption(prompts)),
+        length_chart(
+            "response-lengths",
+            "Response tokens",
+            bins.counts(store.num_responses),
+            bins,
+            caption=_caption(store.num_responses),
+        ),
+        length_chart(
+            "example-lengths",
+            "Prompt and response together",
+            bins.counts(store.lengths),
+            bins,
+            caption=_caption(store.lengths),
+        ),
     ]
+
+
+def _caption(values: np.ndarray) -> str:
+    median = int(np.quantile(values, 0.5, method="inverted_cdf"))
+    return f"Median {median:,}, longest {int(values.max()):,} tokens."
 
 
 def _lengths_intro(store: TokenStore) -> str:
@@ -134,23 +145,23 @@ def _lengths_intro(store: TokenStore) -> str:
     )
 
 
-def _chart(id: str, title: str, values: np.ndarray, bins: Bins) -> dict[str, Any]:
+def length_chart(id: str, title: str, counts: Sequence[int], bins: Bins, *, caption: str) -> dict[str, Any]:
+    """What the template's plot draws: examples by tokens. counts: of each bin."""
     ticks = [(bins.position(tick), f"{tick:,}") for tick in bins.ticks()]
     # A label close to the last one would lie on it.
     ticks = [
         *[tick for tick in ticks if tick[0] < 0.88],
         (1.0, f"{bins.cut if bins.ends_at_cut else bins.edges[-1]:,}"),
     ]
-    median = int(np.quantile(values, 0.5, method="inverted_cdf"))
     cut = f"cut at {bins.cut:,}" if bins.ends_at_cut else f"cut at {bins.cut:,}, beyond →"
     return {
         "id": id,
         "title": title,
-        "caption": f"Median {median:,}, longest {int(values.max()):,} tokens.",
+        "caption": caption,
         "unit": "Tokens",
         "cut": {"label": cut, "is_beyond": not bins.ends_at_cut},
         **_bars(
-            bins.counts(values),
+            counts,
             [bins.position(edge) for edge in bins.edges],
             [bins.label(i) for i in range(len(bins.edges) - 1)],
         ),

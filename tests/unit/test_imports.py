@@ -14,10 +14,12 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors shape redact run_files section evaluate_section config console durable package_files quiet freed_pages world
+errors shape peaks redact run_files section evaluate_section config console durable package_files quiet freed_pages
+world environment
 machine accelerate_config engine_choice
 submit
-commits run_record heartbeat rank_log hang watchdog
+commits run_record metrics metric_names wandb_process wandb_sync
+heartbeat rank_log hang watchdog
 demo.formulas demo.templates demo.dataset demo.model
 scoring.result scoring.units scoring.numeric scoring.choice scoring.dates scoring.json_fields scoring.texts
 scoring.metrics significance
@@ -27,9 +29,10 @@ data.store data.build data.prepare
 data.draws data.schedule data.steps data.held_out data.questions
 data.shown
 answers task_scores evaluation evaluation_report comparison
-status status_report
+status status_report live_state live_view live_tracker tensorboard_tracker trackers
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
-data.inspect_sample data.inspect_figures data.inspect data.inspect_page
+data.inspect_sample data.inspect_figures data.store_note data.inspect data.page_template data.inspect_page
+report_data report_figures report_numbers report_charts report_evaluation report_parts report_png report
 -- torch below this line
 data.batch
 model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
@@ -38,7 +41,7 @@ engine.fragments engine.interface engine.collectives engine.local engine.zero en
 optim guard
 checkpoint
 generate answering evaluate
-metrics wandb_process trackers wandb_sync
+step_measure
 oom job banner profiling forward_time
 measuring loop
 affinity train measure launch

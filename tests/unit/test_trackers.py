@@ -19,7 +19,7 @@ import pytest
 from sft_dist.config import Recipe, parse_recipe
 from sft_dist.metrics import HeldOutMetrics, StepMetrics, read_lines
 from sft_dist.trackers import JsonlTracker, Trackers, WandbTracker
-from sft_dist.wandb_process import make_run_id, numbers
+from sft_dist.wandb_process import make_run_id
 from tests.tiny import free_port
 from tests.unit.wandb_server import wandb_server
 
@@ -263,12 +263,14 @@ def test_a_resumed_run_goes_on_under_its_id_and_tells_no_secrets(
         sent = b"".join(server.sent)
     assert not caplog.records
     assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert [row["loss"] for row in rows] == pytest.approx([1 / step for step in range(1, 6)])
-    assert rows[4]["held_out/loss"] == 2.5
-    assert rows[4]["held_out/step"] == 1, "a record that comes late stands beside the step that is at hand"
-    assert (rows[4]["seconds"], rows[4]["held_out/seconds"]) == (1, 9), "records of one step keep their own values"
-    assert rows[0]["applied"] == 0
-    assert "grad_norm" not in rows[0]
+    assert [row["train/loss"] for row in rows] == pytest.approx([1 / step for step in range(1, 6)])
+    assert rows[4]["held_out/held_out/loss"] == 2.5
+    assert rows[4]["held_out/held_out/step"] == 1, "a record that comes late stands beside the step that is at hand"
+    assert (rows[4]["perf/step_s"], rows[4]["held_out/held_out/seconds"]) == (1, 9), (
+        "records of one step keep their own values"
+    )
+    assert rows[0]["train/applied"] == 0
+    assert "train/grad_norm" not in rows[0]
     assert server.resumes == [run_id, run_id]
     config = json.loads(server.upserts[0]["config"])
     assert config["model"]["value"]["path"] == "https://ann:***@host/model"
@@ -311,26 +313,6 @@ def test_the_id_is_kept_and_a_torn_one_is_made_anew(tmp_path: Path) -> None:
     for torn in (b"", b"a/b", b"\xff\xfe"):
         (tmp_path / "wandb_id").write_bytes(torn)
         assert make_run_id(tmp_path) not in (run_id, torn.decode(errors="replace"))
-
-
-def test_numbers_are_finite_and_named_by_their_kind() -> None:
-    step = {
-        "event": "step",
-        "step": 3,
-        "loss": float("nan"),
-        "lr": 0.5,
-        "applied": True,
-        "batch": "ab",
-        "withheld": None,
-    }
-    assert numbers(step) == {"lr": 0.5, "applied": 1}
-    commit = {"event": "commit", "step": 3, "stall_s": 0.5, "seconds": 2, "changed": ["a"]}
-    assert numbers(commit) == {"commit/step": 3, "commit/stall_s": 0.5, "commit/seconds": 2}
-    held_out = {"event": "held_out", "step": 3, "held_out_loss": 2.0, "set": "held_out"}
-    assert numbers(held_out) == {"held_out/step": 3, "held_out/loss": 2}
-    assert numbers(held_out | {"set": "clinic"}) == {"held_out/clinic/step": 3, "held_out/clinic/loss": 2}
-    score = {"event": "score", "step": 3, "set": "clinic", "task": "qa", "metric": "exact", "score": 0.5}
-    assert numbers(score) == {"score/clinic/qa/step": 3, "score/clinic/qa/score": 0.5}
 
 
 class Recorder:

@@ -47,19 +47,17 @@ def test_the_last_attempt_of_each_record_is_sent_and_sent_again_alike(
         first
         == second
         == [
-            {"_step": 1, "loss": 0.1, "attempt": 1},
-            {"_step": 2, "loss": 0.2, "attempt": 1},
+            {"_step": 1, "train/loss": 0.1, "train/attempt": 1},
+            {"_step": 2, "train/loss": 0.2, "train/attempt": 1},
             {
                 "_step": 3,
-                "loss": 0.25,
-                "attempt": 2,
-                "held_out/loss": 2,
-                "held_out/step": 3,
-                "held_out/attempt": 2,
+                "train/loss": 0.25,
+                "train/attempt": 2,
+                "held_out/held_out/loss": 2,
+                "held_out/held_out/step": 3,
                 "change/step": 3,
-                "change/attempt": 2,
             },
-            {"_step": 4, "loss": 0.4, "attempt": 2},
+            {"_step": 4, "train/loss": 0.4, "train/attempt": 2},
         ]
     )
     assert server.resumes == [], "what is there is replaced"
@@ -73,7 +71,7 @@ def test_offline_it_writes_the_steps_into_files_of_wandb(run_dir: Path) -> None:
     (written,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     assert make_run_id(run_dir) in written.name
     content = written.read_bytes()
-    for text in (b"held_out/loss", b"0.25", b"0.4", b"https://ann:***@host/m"):
+    for text in (b"held_out/held_out/loss", b"0.25", b"0.4", b"https://ann:***@host/m"):
         assert text in content, text
     assert b"0.777" not in content, "an attempt that was replaced"
     assert b"opensesame" not in content
