@@ -20,6 +20,7 @@ submit
 commits run_record heartbeat rank_log hang watchdog
 demo.formulas demo.templates demo.dataset demo.model
 data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
+data.prompts
 data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
 data.store data.build data.prepare
 data.draws data.schedule data.steps
@@ -29,12 +30,14 @@ data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.l
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
 -- torch below this line
 data.batch
-model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
+model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load
+model.export model.verify
 engine.fragments engine.interface engine.collectives engine.local engine.zero engine.start
 optim guard
 checkpoint
-generate evaluate scoring
+generate answer_rows terminal_chat evaluate scoring
 metrics wandb_process trackers wandb_sync
+model_card export push
 oom job banner profiling forward_time
 loop
 affinity train measure launch
