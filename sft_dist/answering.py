@@ -42,7 +42,7 @@ def answer_all(
     left = [batch for batch in batches if any(index not in found for index in batch)]
     mine: dict[int, str] = {}
     for batch in left[world.rank :: world.size]:
-        texts = answerer.answer_batch([questions[index].ids for index in batch], sampling)
+        texts = answerer.complete([questions[index].ids for index in batch], sampling=sampling)
         answers = dict(zip(batch, texts, strict=True))
         on_batch(answers)
         mine |= answers

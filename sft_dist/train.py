@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,8 +43,9 @@ from sft_dist.metrics import (
     last_commit,
     read_steps,
 )
-from sft_dist.model.load import align_generation, export_model
+from sft_dist.model.export import write_export
 from sft_dist.model.verify import require_own_loss
+from sft_dist.model_card import Weights, write_card
 from sft_dist.oom import explained_out_of_memory
 from sft_dist.optim import build_adamw
 from sft_dist.profiling import profiled_steps
@@ -185,7 +185,7 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
     )
     finished = state.step >= job.schedule.num_steps
     with watchdog.unhurried("exporting"):
-        model_dir = _export(engine, job) if finished else None
+        model_dir = _export(engine, job, state) if finished else None
     engine.close()
     watchdog.finish()
     if world.is_main:
@@ -359,25 +359,19 @@ def _resume(engine: Engine, job: Job) -> tuple[RunState, Continuation]:
     return state, Continuation(path, found.step, tuple(warnings), changes)
 
 
-def _export(engine: Engine, job: Job) -> Path:
+def _export(engine: Engine, job: Job, state: RunState) -> Path:
     """Write runs/<name>/model; a crash in the middle leaves no half model under that name.
 
     Collective: under ZeRO-3 every rank gives its shards.
     """
-    final = job.recipe.run.path / MODEL
+    run_dir = job.recipe.run.path
     state_dict = engine.state_dict()
 
     def write() -> None:
-        causal_lm, tokenizer = engine.model.causal_lm, job.tokenizer
-        align_generation(causal_lm, stop_ids=tokenizer.stop_ids, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        for leftover in final.parent.glob(".model-*"):
-            shutil.rmtree(leftover)
-        writing, old = final.with_name(".model-new"), final.with_name(".model-old")
-        export_model(causal_lm, state_dict, writing, tokenizer_dir=job.store.tokenizer_dir)
-        if final.exists():
-            final.rename(old)
-        writing.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        weights = Weights(steps=(state.step,), dtype=str(job.dtype).removeprefix("torch."))
+        card = write_card(run_dir, job.recipe, weights=weights, tokenizer=job.tokenizer)
+        causal_lm = engine.model.causal_lm
+        write_export(causal_lm, run_dir / MODEL, tokenizer=job.tokenizer, card=card, state_dict=state_dict)
 
     on_main(write, world=job.world, device=job.device)
-    return final
+    return run_dir / MODEL

@@ -39,6 +39,7 @@ FAILED = re.compile(r"^FAILED (\S+::\S+)", re.M)
 BATCH, CHAT, STORE = "unit/test_batch.py", "unit/test_chat.py", "unit/test_store.py"
 TEMPLATES, DRAWS = "unit/test_templates.py", "unit/test_draws.py"
 LOSS, ATTENTION = "unit/test_loss.py", "unit/test_attention.py"
+GENERATE = "unit/test_generate.py"
 COMPILE, SUBMIT = "unit/test_compile.py", "unit/test_submit.py"
 SCHEDULE, RATES = "unit/test_schedule.py", "unit/test_optim.py"
 CURVE, RESUME = "numerics/test_curve.py", "numerics/test_resume.py"
@@ -1048,6 +1049,35 @@ MUTANTS = [
         "float(2 * tail / 2**changed)",
         "float(tail / 2**changed)",
         "unit/test_significance.py::test_mcnemar_counts_all_ways_in_which_the_changes_may_fall",
+    ),
+    # ---------------------------------------------------------------- generate, chat and export
+    Mutant(
+        "settings beside the weights bend an answer",
+        "generate.py",
+        "        self.model.generation_config = GenerationConfig()\n",
+        "",
+        f"{GENERATE}::test_a_greedy_answer_is_the_most_likely_tokens_whatever_settings_lie_beside_the_weights",
+    ),
+    Mutant(
+        "a streamed piece ends inside a character",
+        "generate.py",
+        'if not text or text.endswith("\\ufffd"):',
+        "if not text:",
+        f"{GENERATE}::test_pieces_end_where_characters_do",
+    ),
+    Mutant(
+        "an average forgets the oldest checkpoint",
+        "export.py",
+        "for each in pieces:",
+        "for each in [pieces[-1], *pieces[1:]]:",
+        "unit/test_export.py::test_an_average_is_the_plain_mean_of_the_masters",
+    ),
+    Mutant(
+        "a private push to a public repository",
+        "push.py",
+        "if private and not api.repo_info(repository).private:",
+        "if False:",
+        "launch/test_push.py::test_a_push_arrives_byte_for_byte_and_what_goes_wrong_is_one_line",
     ),
 ]
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,25 @@ def write_model(directory: Path, *, tied: bool = True, architecture: str = "qwen
     config = AutoConfig.for_model(architecture, **settings)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+def write_speller(directory: Path, follows: Mapping[str, str], **overrides: Any) -> Path:
+    """A model that knows one thing: which token follows which. Its layers add nothing to the embedding, a unit vector
+    per token, and the head has that vector in the row of the token that follows."""
+    from safetensors.torch import load_file, save_file
+
+    write_model(directory, tied=False, **overrides)
+    ids = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) or "embed" in name or "lm_head" in name:
+            weight.zero_()
+    for token, after in follows.items():
+        weights["model.embed_tokens.weight"][ids[token], ids[token]] = 1
+        weights["lm_head.weight"][ids[after], ids[token]] = 1
+    save_file(weights, file, metadata={"format": "pt"})
     return directory
 
 

@@ -107,7 +107,7 @@ def read_fragments(fragments: Sequence[Fragment], files: Sequence[Path]) -> None
     Raises CheckpointError naming a weight or a moment that is missing, in whole or in part.
     """
     try:
-        pieces = _Pieces(files)
+        pieces = Pieces(files)
         for fragment in fragments:
             for kind, target in fragment.tensors.items():
                 pieces.read_into(target, kind=kind, name=fragment.name, start=fragment.start)
@@ -123,8 +123,8 @@ class _Piece:
     key: str
 
 
-class _Pieces:
-    """Which file holds which elements."""
+class Pieces:
+    """Which file holds which elements. Raises OSError, SafetensorError or ValueError for files that hold no pieces."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._found: dict[tuple[str, str], list[_Piece]] = {}
@@ -138,7 +138,7 @@ class _Pieces:
             pieces.sort(key=lambda piece: piece.start)
 
     def read_into(self, target: Tensor, *, kind: str, name: str, start: int) -> None:
-        """Copy elements start..start+n into `target`, `[n]`, a block at a time."""
+        """Copy elements start..start+n into `target`, `[n]`, a block at a time. Raises CheckpointError for a gap."""
         done = start
         for piece, first, last in self._overlaps(kind, name, start, start + target.numel()):
             if first > done:

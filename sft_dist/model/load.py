@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ def dropout_rates(config: PretrainedConfig) -> dict[str, float]:
 
 
 def num_positions(config: PretrainedConfig) -> int | None:
-    """The longest text that the model can read; None where its config does not say."""
+    """The longest text that the model can take, in tokens; None if its config does not say."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
@@ -231,20 +230,6 @@ def align_generation(
         causal_lm.config.eos_token_id = eos_id
     if pad_id is not None:
         causal_lm.config.pad_token_id = pad_id
-
-
-def export_model(
-    causal_lm: PreTrainedModel,
-    state_dict: dict[str, Tensor],
-    directory: Path,
-    *,
-    tokenizer_dir: Path,
-    shard_size: str = "4GB",
-) -> None:
-    """Write Hugging Face format: config, safetensors shards with index, generation config, tokenizer, template."""
-    causal_lm.save_pretrained(directory, state_dict=state_dict, max_shard_size=shard_size)
-    for file in sorted(tokenizer_dir.iterdir()):
-        (directory / file.name).write_bytes(file.read_bytes())
 
 
 def _is_partitioned(causal_lm: PreTrainedModel) -> bool:

@@ -1,7 +1,5 @@
 """What is exported is the trained model, whatever engine held it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -31,16 +29,3 @@ def test_the_export_reloads_to_the_same_logits(case: Case, lab: Lab) -> None:
     )
     assert text == "<|u|>ab<|a|>"
     assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|e|>")]
-
-
-def test_shards_come_with_an_index(tmp_path: Path, tied_model: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from sft_dist.model.load import export_model
-
-    model = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
-    export_model(model, model.state_dict(), tmp_path, tokenizer_dir=tied_model, shard_size="100KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert (tmp_path / "model.safetensors.index.json").exists()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())

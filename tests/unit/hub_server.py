@@ -39,14 +39,11 @@ class Hub:
 
 
 @contextmanager
-def serve(repositories: dict[str, dict[str, Files]]) -> Iterator[Hub]:
-    """Serve these on a free port of loopback; they may be changed while it runs."""
+def serve(repositories: dict[str, dict[str, Files]], *, handler: "type[Handler] | None" = None) -> Iterator[Hub]:
+    """Serve these on a free port of loopback; they may be changed while it runs. handler: one that does more."""
     hub = Hub(repositories)
-
-    class Handler(_Handler):
-        served = hub
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    serving = type("Serving", (handler or Handler,), {"served": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), serving)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -59,7 +56,9 @@ def serve(repositories: dict[str, dict[str, Files]]) -> Iterator[Hub]:
         thread.join(timeout=10)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers what asks for files."""
+
     served: Hub
     protocol_version = "HTTP/1.1"
 
@@ -71,6 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer()
+
+    def is_private(self, repository: str) -> bool:
+        return False
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -93,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(*found, inside)
         elif verb in ("", "revision"):
             siblings = [{"rfilename": name} for name in found[1]]
-            self._send_json({"id": repository.removeprefix("models/"), "sha": found[0], "siblings": siblings})
+            info = {"id": repository.removeprefix("models/"), "sha": found[0], "siblings": siblings}
+            self._send_json({**info, "private": self.is_private(repository)})
         elif verb == "tree":
             self._send_json(_tree(found[1], inside, recursive="recursive=true" in self.path.lower()))
         else:

@@ -53,8 +53,8 @@ def test_batched_or_alone_the_answer_is_the_most_likely_token_each_time(director
     model = load(directory)
     with as_answering(model, device=CPU) as answering:
         answerer = Answerer(answering, ChatTokenizer.load(directory), device=CPU)
-        together = answerer.answer_batch(PROMPTS, SAMPLING)
-        alone = [answerer.answer_batch([prompt], SAMPLING)[0] for prompt in PROMPTS]
+        together = answerer.complete(PROMPTS, sampling=SAMPLING)
+        alone = [answerer.complete([prompt], sampling=SAMPLING)[0] for prompt in PROMPTS]
     assert together == alone == [plain_answer(directory, prompt) for prompt in PROMPTS]
     assert len(set(together)) == len(PROMPTS), "the prompts are told apart"
 
@@ -72,7 +72,7 @@ def test_the_trained_model_is_as_it_was_and_its_weights_are_shared(directory: Pa
         with torch.no_grad():
             model.head.weight.mul_(2)
         assert torch.allclose(answering(input_ids=torch.tensor([PROMPTS[0]])).logits, 2 * before)
-        Answerer(answering, ChatTokenizer.load(directory), device=CPU).answer_batch(PROMPTS, SAMPLING)
+        Answerer(answering, ChatTokenizer.load(directory), device=CPU).complete(PROMPTS, sampling=SAMPLING)
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.causal_lm.config._attn_implementation == implementation
@@ -90,7 +90,7 @@ class Echo:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
 
-    def answer_batch(self, prompts: list[tuple[int, ...]], sampling: Sampling) -> list[str]:
+    def complete(self, prompts: list[tuple[int, ...]], *, sampling: Sampling) -> list[str]:
         self.batches.append([prompt[-1] for prompt in prompts])
         return [f"to {prompt[-1]}" for prompt in prompts]
 

@@ -24,6 +24,7 @@ demo.formulas demo.templates demo.dataset demo.model
 scoring.result scoring.units scoring.numeric scoring.choice scoring.dates scoring.json_fields scoring.texts
 scoring.metrics significance
 data.conversation data.row_fields data.strict_json data.readers data.hub data.files data.turns data.rows
+data.prompts
 data.tokenizer_files data.template data.masks data.encoder data.control_tokens data.chat
 data.store data.build data.prepare
 data.draws data.schedule data.steps data.held_out data.questions
@@ -35,13 +36,14 @@ data.inspect_sample data.inspect_figures data.store_note data.inspect data.page_
 report_data report_figures report_numbers report_charts report_evaluation report_parts report_png report
 -- torch below this line
 data.batch
-model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
-model.answering
+model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load
+model.export model.verify model.answering
 engine.fragments engine.interface engine.collectives engine.local engine.zero engine.start
 optim guard
 checkpoint
-generate answering evaluate
+generate answering answer_rows terminal_chat evaluate
 step_measure
+model_card export push
 oom job banner profiling forward_time
 measuring loop
 affinity train measure launch
