@@ -59,10 +59,14 @@ def examine(
 
 
 def _trials(recipe: Recipe | None, *, num_gpus: int, say: Say) -> Iterator[Finding]:
-    say("an all-reduce over two processes")
-    yield try_all_reduce(num_gpus=num_gpus)
-    say("three steps of a tiny model")
-    yield try_smoke_run(num_gpus=num_gpus, engine=recipe.train.engine if recipe else "auto")
+    try:
+        say("an all-reduce over two processes")
+        yield try_all_reduce(num_gpus=num_gpus)
+        say("three steps of a tiny model")
+        yield try_smoke_run(num_gpus=num_gpus, engine=recipe.train.engine if recipe else "auto")
+    except OSError as error:
+        seen = f"no temporary directory to try in: {error}"
+        yield Group("trial").problem("temporary", seen, "set TMPDIR to a directory that can be written, with room")
 
 
 def _load(path: Path | None, overrides: Sequence[str]) -> tuple[Recipe | None, list[Finding]]:

@@ -74,7 +74,6 @@ LACKING = {
     "fp8": "there is no fp8",
     "qat": "no quantised weights",
     "quantization": "no quantised weights",
-    "excess_length_strategy": "data.too_long: drop, truncate (whole old turns) or error",
     "min_sample_len": "short rows are kept; sft-dist lint names empty ones",
     "group_by_length": "steps are balanced without it",
     "auto_find_batch_size": "the batch is what the recipe says",
@@ -115,9 +114,9 @@ def convert(ledger: Ledger, *, full: bool) -> None:
     ledger.take_same(SAME)
     _model(ledger)
     max_tokens = int(ledger.get("sequence_len", 512))
-    ledger.put(
-        "data.max_tokens", max_tokens, theirs="sequence_len", meaning="longer rows are dropped and counted, as there"
-    )
+    meaning = "longer rows are dropped and counted"
+    ledger.put("data.max_tokens", max_tokens, theirs="sequence_len", meaning=meaning)
+    _too_long(ledger)
     _data(ledger)
     packed = ledger.is_on("sample_packing")
     if packed:
@@ -135,7 +134,7 @@ def convert(ledger: Ledger, *, full: bool) -> None:
     rows = shared.count_rows(ledger.recipe["data.train"], 0.0)
     rows = _held_out(ledger, rows)
     length = shared.put_length(ledger, step, epochs_key="num_epochs", default_epochs=1.0, num_rows=rows)
-    shared.put_warmup(ledger, length)
+    shared.put_warmup(ledger, length, default_share=0.03, default_most=100)
     for what in ("eval", "save"):
         _per_epoch(ledger, what, length)
         shared.put_every(
@@ -210,6 +209,17 @@ def _step(ledger: Ledger, *, packed: bool, max_tokens: int) -> shared.Step:
     return shared.put_step(
         ledger, keys=keys, per_device=micro, accumulation=accumulation, packed=packed, max_tokens=max_tokens
     )
+
+
+def _too_long(ledger: Ledger) -> None:
+    strategy = str(ledger.get("excess_length_strategy", "drop"))
+    if strategy == "truncate":
+        text = "no answer is ever cut; data.too_long: truncate leaves the oldest turns out, whole"
+        ledger.lack("excess_length_strategy", text)
+    elif strategy == "raise":
+        ledger.put("data.too_long", "error", theirs="excess_length_strategy")
+    elif "excess_length_strategy" in ledger.given:
+        ledger.put("data.too_long", "drop", theirs="excess_length_strategy")
 
 
 def _data(ledger: Ledger) -> None:

@@ -214,8 +214,22 @@ def put_length(ledger: Ledger, step: Step, *, epochs_key: str, default_epochs: f
     return Length(per_epoch, total)
 
 
-def put_warmup(ledger: Ledger, length: Length) -> None:
-    """optim.warmup_steps: theirs, or a share of all steps, which for them a number below 1 is under either key."""
+def put_warmup(ledger: Ledger, length: Length, *, default_share: float = 0.0, default_most: int = 0) -> None:
+    """optim.warmup_steps: theirs, or a share of all steps, which for them a number below 1 is under either key.
+
+    default_share, default_most: what they take where neither key is given.
+    """
+    if ledger.given.get("warmup_steps") is None and ledger.given.get("warmup_ratio") is None and default_share:
+        if length.total:
+            count = min(int(default_share * length.total), default_most)
+            ledger.put(
+                "optim.warmup_steps", count, theirs="warmup_ratio", meaning="their default", remark="their default"
+            )
+        else:
+            ledger.ask(
+                "warmup_ratio",
+                f"not given: {default_share:g} of all steps there, at most {default_most}; set optim.warmup_steps",
+            )
     steps, share = number(ledger.get("warmup_steps", 0)), number(ledger.get("warmup_ratio", 0))
     key = "warmup_steps" if steps else "warmup_ratio"
     if 0 < steps < 1:
@@ -239,7 +253,7 @@ def put_every(ledger: Ledger, what: str, length: Length, *, strategies: Sequence
     key, ours = f"{what}_steps", f"train.{what}_every"
     named = next((name for name in strategies if ledger.get(name) is not None), None)
     strategy, every = str(ledger.given[named]) if named else "steps", ledger.get(key)
-    theirs = ", ".join(name for name in (key, named) if name in ledger.given)
+    theirs = ", ".join(name for name in (key, named) if name and name in ledger.given)
     if strategy in ("no", "False"):
         ledger.idle += [name for name in (*strategies, key) if name in ledger.given]
     elif named and strategy == "epoch" and length.per_epoch:

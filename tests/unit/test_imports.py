@@ -27,6 +27,8 @@ data.shown
 status status_report
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
+migrate.ledger migrate.shared migrate.trainer migrate.trl migrate.llamafactory migrate.axolotl migrate.convert
+migrate.report
 -- torch below this line
 data.batch
 model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
@@ -38,6 +40,10 @@ metrics wandb_process trackers wandb_sync
 oom job banner profiling forward_time
 loop
 affinity train measure launch
+doctor.finding doctor.probe doctor.topology doctor.gpus doctor.versions doctor.host doctor.places doctor.environment
+doctor.network doctor.recipe doctor.trial doctor.examine doctor.report
+doctor.ask_package doctor.ask_directory doctor.ask_reach doctor.ask_torch doctor.ask_training doctor.all_reduce
+doctor.smoke_inputs
 demo_run
 """.splitlines()
 MODULES = [module for line in ORDER if not line.startswith("--") for module in line.split()]
