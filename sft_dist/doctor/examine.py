@@ -1,7 +1,6 @@
 """All that the doctor looks at, in order; nothing that is broken here keeps it from looking at the rest."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sft_dist.config import Recipe, load_recipe
@@ -32,9 +31,7 @@ def examine(
     needs = needs_of(recipe) if recipe else Needs(None, None)
     words = [str(recipe_path), *overrides] if recipe else []
     say("versions, GPUs, attention")
-    with ThreadPoolExecutor(max_workers=2) as pool:  # both import torch, and wait for the disk
-        asked_torch, asked_training = pool.submit(ask_torch), pool.submit(ask_training, words)
-        torch, training = asked_torch.result(), asked_training.result()
+    torch, training = ask_torch(), ask_training(words)
     num_gpus = sum("error" not in device for device in torch.facts.get("devices", []))
     group = Group("recipe") if recipe else Group("attention")
     findings += _safely("versions", check_versions(torch))

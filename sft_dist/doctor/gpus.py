@@ -4,6 +4,7 @@ import csv
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from sft_dist.doctor.finding import Finding, Group
@@ -19,17 +20,15 @@ BUSY_MB = 1024
 INSTALL = "install a build of torch for this driver's CUDA, from PyTorch's own index"
 
 
-def check_gpus(
-    torch: Answer, *, drivers: tuple[str, ...] = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-) -> Iterator[Finding]:
-    """torch: its answer to `ask_torch`. drivers: device files of which one is there where there is a driver."""
-    has_driver = any(Path(driver).exists() for driver in drivers)
+def check_gpus(torch: Answer, *, driver: Path = Path("/dev/nvidiactl")) -> Iterator[Finding]:
+    """torch: its answer to `ask_torch`. driver: a file that is there where NVIDIA's driver is loaded."""
+    has_driver = driver.exists()
     smi = ask(["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"], timeout_s=SMI_S)
     listed = [] if smi.failure else parse_gpus(smi.out)
-    if smi.failure and has_driver:
+    if smi.failure and (has_driver or which("nvidia-smi")):
         yield GROUP.warning(
             "nvidia-smi",
-            f"there is a driver, but nvidia-smi does not answer: {smi.failure}",
+            f"{'a driver is loaded' if has_driver else 'no driver is loaded'}, and nvidia-smi fails: {smi.failure}",
             "a driver that hangs needs a reboot (dmesg names Xid errors); a container needs the NVIDIA runtime",
         )
     yield from gpu_findings(listed)

@@ -71,13 +71,20 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> int | None:
     try:
         return process.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        # torchrun puts each rank into a session of its own, so that the group of its leader is not enough.
-        for pid in [*(pid for pid, _ in descendants(process.pid)), process.pid]:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=GIVE_UP_S)
+        _end(process)
         return None
+    except KeyboardInterrupt:
+        _end(process)  # it has a session of its own, which Ctrl-C does not reach
+        raise
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill the process and all that it started, one by one: torchrun puts each rank into a session of its own."""
+    for pid in [*(pid for pid, _ in descendants(process.pid)), process.pid]:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GIVE_UP_S)
 
 
 def _read(file: int) -> str:

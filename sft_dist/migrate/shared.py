@@ -335,6 +335,9 @@ def put_remote_code(ledger: Ledger, key: str) -> None:
 
 def put_checkpointing(ledger: Ledger, key: str, *, default: bool) -> None:
     """Recomputing saves memory and changes nothing else."""
+    if "activation_checkpointing" in ledger.given and key not in ledger.given:
+        key = "activation_checkpointing"  # transformers' newer name
+    ledger.seen |= {"activation_checkpointing", "gradient_checkpointing"}
     value = ledger.get(key, default)
     if value in ("offload", "offload_disk"):
         ledger.lack(key, "activations are not offloaded; model.checkpointing: full recomputes them")

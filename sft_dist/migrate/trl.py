@@ -10,7 +10,6 @@ SIGNS = (
     "dataset_name",
     "per_device_train_batch_size",
     "assistant_only_loss",
-    "datasets",
     "use_peft",
 )
 PROMPT_TOO = (

@@ -24,6 +24,11 @@ EXAMPLES = re.findall(
     re.S,
 )
 NUM_ROWS = 3200
+OF_A_DATA_SET = (
+    *("path", "type", "split", "data_files", "revision", "field_messages", "message_property_mappings"),
+    *("roles_to_train", "train_on_eos", "message_field_training"),
+)
+"""Keys of the entries of Axolotl's `datasets`."""
 
 TRL = {"model_name_or_path": "m/m", "dataset_name": "a/b", "assistant_only_loss": True}
 FACTORY = {
@@ -93,6 +98,20 @@ def test_the_examples_of_the_page_come_out_as_it_shows(
     printed = capsys.readouterr().out
     assert "taken over from" in printed
     assert "unknown" not in printed
+
+
+@pytest.mark.parametrize(
+    ("heading", "given"),
+    [("From TRL", TRL), ("From LLaMA-Factory", FACTORY), ("From Axolotl", AXOLOTL)],
+    ids=["trl", "llamafactory", "axolotl"],
+)
+def test_every_key_in_the_tables_of_the_page_is_known(heading: str, given: dict[str, Any], convert: Any) -> None:
+    section = PAGE.split(f"## {heading}\n", 1)[1].split("### A worked example", 1)[0]
+    firsts = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    outside = {"dataset_info.json", "num_samples", *OF_A_DATA_SET}
+    keys = {key.split(":")[0] for cell in firsts for key in re.findall(r"`([^`]+)`", cell)} - outside
+    assert len(keys) > 25
+    assert convert({**dict.fromkeys(sorted(keys)), **given}).ledger.unknown == []
 
 
 def test_a_recipe_that_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
