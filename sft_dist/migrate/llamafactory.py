@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sft_dist.migrate import shared, trainer
+from sft_dist.migrate import schedule, shared, trainer
 from sft_dist.migrate.ledger import Ledger, Same
 
 SIGNS = ("stage", "finetuning_type", "cutoff_len", "dataset_dir", "neat_packing", "template", "lora_rank")
@@ -108,17 +108,17 @@ def convert(ledger: Ledger, *, full: bool, directory: Path) -> None:
     )
     if "optim.lr" not in ledger.recipe:
         ledger.put("optim.lr", 5e-5, meaning="their default", remark="their default")
-    shared.put_schedule(ledger, "lr_scheduler_type", default="linear")
-    shared.put_optimizer(ledger, "optim")
-    rows = shared.count_rows(ledger.recipe["data.train"], 0.0)
+    schedule.put_schedule(ledger, "lr_scheduler_type", default="linear")
+    schedule.put_optimizer(ledger, "optim")
+    rows = schedule.count_rows(ledger.recipe["data.train"], 0.0)
     _held_out(ledger, directory, rows)
     if rows:
         rows = int(rows * (1 - ledger.recipe.get("data.held_out_share", 0.0)))
-    length = shared.put_length(ledger, step, epochs_key="num_train_epochs", default_epochs=3.0, num_rows=rows)
-    shared.put_warmup(ledger, length)
-    shared.put_every(ledger, "eval", length, strategies=("eval_strategy", "evaluation_strategy"))
-    shared.put_every(ledger, "save", length, strategies=("save_strategy",))
-    shared.put_saves(ledger)
+    length = schedule.put_length(ledger, step, epochs_key="num_train_epochs", default_epochs=3.0, num_rows=rows)
+    schedule.put_warmup(ledger, length)
+    schedule.put_every(ledger, "eval", length, strategies=("eval_strategy", "evaluation_strategy"))
+    schedule.put_every(ledger, "save", length, strategies=("save_strategy",))
+    schedule.put_saves(ledger)
     shared.put_engine(ledger)
     shared.put_wandb(ledger, project=None)
     shared.put_run(ledger, output="saves/imported", name_key="run_name")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sft_dist.migrate import shared, trainer
+from sft_dist.migrate import schedule, shared, trainer
 from sft_dist.migrate.ledger import Ledger, Same
 
 SIGNS = (
@@ -73,14 +73,14 @@ def convert(ledger: Ledger, *, full: bool) -> None:
     )
     if "optim.lr" not in ledger.recipe:
         ledger.put("optim.lr", 2e-5, meaning="their default", remark="their default")
-    shared.put_schedule(ledger, "lr_scheduler_type", default="linear")
-    shared.put_optimizer(ledger, "optim")
-    rows = shared.count_rows(ledger.recipe["data.train"], ledger.recipe.get("data.held_out_share", 0.0))
-    length = shared.put_length(ledger, step, epochs_key="num_train_epochs", default_epochs=3.0, num_rows=rows)
-    shared.put_warmup(ledger, length)
-    shared.put_every(ledger, "eval", length, strategies=("eval_strategy", "evaluation_strategy"))
-    shared.put_every(ledger, "save", length, strategies=("save_strategy",))
-    shared.put_saves(ledger)
+    schedule.put_schedule(ledger, "lr_scheduler_type", default="linear")
+    schedule.put_optimizer(ledger, "optim")
+    rows = schedule.count_rows(ledger.recipe["data.train"], ledger.recipe.get("data.held_out_share", 0.0))
+    length = schedule.put_length(ledger, step, epochs_key="num_train_epochs", default_epochs=3.0, num_rows=rows)
+    schedule.put_warmup(ledger, length)
+    schedule.put_every(ledger, "eval", length, strategies=("eval_strategy", "evaluation_strategy"))
+    schedule.put_every(ledger, "save", length, strategies=("save_strategy",))
+    schedule.put_saves(ledger)
     shared.put_engine(ledger)
     if "wandb.project" not in ledger.recipe:
         shared.put_wandb(ledger, project=None)

@@ -27,8 +27,8 @@ data.shown
 status status_report
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
-migrate.ledger migrate.shared migrate.trainer migrate.trl migrate.llamafactory migrate.axolotl migrate.convert
-migrate.report
+migrate.ledger migrate.shared migrate.schedule migrate.trainer migrate.trl migrate.llamafactory
+migrate.axolotl_data migrate.axolotl migrate.convert migrate.report
 -- torch below this line
 data.batch
 model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load model.verify
