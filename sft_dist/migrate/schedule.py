@@ -1,4 +1,4 @@
-"""What all three trainers mean alike: schedules, optimizers, the length of a run, and what comes every so many steps."""
+"""What all three trainers mean alike: schedules, optimizers, the length of a run, what comes every so many steps."""
 
 import json
 import math
