@@ -1,7 +1,7 @@
 """`axolotl train file.yaml`."""
 
 from sft_dist.migrate import axolotl_data, schedule, shared
-from sft_dist.migrate.ledger import OFF, Ledger, Same
+from sft_dist.migrate.ledger import Ledger, Same
 
 SIGNS = ("base_model", "sequence_len", "micro_batch_size", "sample_packing", "num_epochs", "val_set_size", "adapter")
 
@@ -147,8 +147,8 @@ def convert(ledger: Ledger, *, full: bool) -> None:
 
 
 def _method(ledger: Ledger, *, full: bool) -> None:
-    if (adapter := ledger.get("adapter")) not in OFF:
-        shared.adapters(ledger, "adapter", str(adapter), full=full)
+    if ledger.is_on("adapter"):
+        shared.adapters(ledger, "adapter", full=full)
     shared.quantised(ledger, ("load_in_8bit", "load_in_4bit", "gptq"), full=full)
     for key in ("rl", "reward_model", "process_reward_model"):
         if ledger.is_on(key):

@@ -93,7 +93,7 @@ class Ledger:
     def refuse(self, key: str, text: str) -> None:
         """What the file does is another thing than full supervised fine-tuning."""
         self.seen.add(key)
-        self.refused.append(Said(f"{key}: {_shown(self.given.get(key))}", text))
+        self.refused.append(Said(f"{key}: {_shown(self.given[key])}" if key in self.given else key, text))
 
     def take_same(self, table: Mapping[str, Same]) -> None:
         """Keys that only have another name."""

@@ -136,8 +136,8 @@ def _method(ledger: Ledger, *, full: bool) -> None:
     if kind == "full":
         ledger.idle.append("finetuning_type")
     else:
-        default = "" if "finetuning_type" in ledger.given else " (their default)"
-        shared.adapters(ledger, "finetuning_type", kind + default, full=full)
+        note = "" if "finetuning_type" in ledger.given else "their default is lora: "
+        shared.adapters(ledger, "finetuning_type", full=full, note=note)
     shared.quantised(ledger, ("quantization_bit",), full=full)
     if "stage" in ledger.given:
         ledger.idle.append("stage")

@@ -29,12 +29,12 @@ TOKEN_MEAN = (
 THEIR_CHECKPOINTS = "their checkpoints cannot be gone on from; give their exported model as model.path"
 
 
-def adapters(ledger: Ledger, key: str, kind: str, *, full: bool) -> None:
+def adapters(ledger: Ledger, key: str, *, full: bool, note: str = "") -> None:
     """A file that trains adapters: refused, or with --full imported as full fine-tuning, whose rate is another."""
     if not full:
-        ledger.refuse(key, f"{kind}: sft_dist trains all parameters; --full imports it as that")
+        ledger.refuse(key, f"{note}sft_dist trains all parameters; --full imports it as that")
         return
-    ledger.lack(key, f"{kind}: all parameters are trained instead, by --full")
+    ledger.lack(key, f"{note}all parameters are trained instead, by --full")
     ledger.ask(
         "learning_rate", "rates of adapters are ten times or more too high for all parameters: choose anew, as 1e-5"
     )

@@ -91,7 +91,7 @@ def convert(ledger: Ledger, *, full: bool) -> None:
 
 def _method(ledger: Ledger, *, full: bool) -> None:
     if ledger.is_on("use_peft"):
-        shared.adapters(ledger, "use_peft", "LoRA", full=full)
+        shared.adapters(ledger, "use_peft", full=full)
     shared.quantised(ledger, QUANTISED, full=full)
     if (loss := ledger.get("loss_type", "nll")) not in ("nll", "chunked_nll"):
         ledger.refuse("loss_type", f"{loss} is another objective than the likelihood of the answer")

@@ -311,13 +311,13 @@ def test_optimizers_and_schedules_without_counterpart_need_a_word(convert: Any) 
 @pytest.mark.parametrize(
     ("given", "words", "with_full"),
     [
-        ({**TRL, "use_peft": True, "lora_r": 16}, "use_peft: true: LoRA", True),
+        ({**TRL, "use_peft": True, "lora_r": 16}, "use_peft: true: sft_dist trains all", True),
         ({**TRL, "use_peft": True, "load_in_4bit": True}, "load_in_4bit: true: quantised", True),
         ({**TRL, "loss_type": "dft"}, "another objective", False),
         ({**FACTORY, "finetuning_type": "lora", "lora_rank": 8}, "--full", True),
         ({key: value for key, value in FACTORY.items() if key != "finetuning_type"}, "their default", True),
         ({**FACTORY, "stage": "dpo"}, "only sft", False),
-        ({**AXOLOTL, "adapter": "qlora", "load_in_4bit": True}, "adapter: qlora: qlora", True),
+        ({**AXOLOTL, "adapter": "qlora", "load_in_4bit": True}, "adapter: qlora: sft_dist trains all", True),
         ({**AXOLOTL, "rl": "dpo"}, "preference tuning", False),
         ({**AXOLOTL, "datasets": [{"path": "a/b", "type": "completion"}]}, "raw text", False),
     ],
