@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -80,7 +80,7 @@ def torch_gpu_findings(facts: Mapping[str, Any], *, driver_lists: int | None) ->
             continue
         major, minor = device["capability"]
         label = f"{device['name']}, capability {major}.{minor}, {device['free'] / 2**30:.1f} GiB free"
-        if facts["archs"] and not any(arch.startswith((f"sm_{major}", f"compute_{major}")) for arch in facts["archs"]):
+        if facts["archs"] and not has_kernels(facts["archs"], major, minor):
             yield GROUP.problem(name, f"{label}; this torch has kernels for {' '.join(facts['archs'])} only", INSTALL)
         elif (major, minor) < (8, 0):
             mend = "model.dtype: fp32 and model.attention: sdpa run there, slowly"
@@ -101,3 +101,20 @@ def torch_gpu_findings(facts: Mapping[str, Any], *, driver_lists: int | None) ->
             f"no GPU: {facts['why_not'] or 'the driver shows none'}",
             "a run computes on the CPU, in fp32; on a cluster, ask inside a job that has GPUs",
         )
+
+
+def has_kernels(archs: Sequence[str], major: int, minor: int) -> bool:
+    """True where a build for these architectures runs on a GPU of this capability.
+
+    Machine code (sm_80) runs on later minors of its major; intermediate code (compute_80) on everything later.
+    """
+    for arch in archs:
+        kind, _, digits = arch.rstrip("af").partition("_")  # sm_90a: Hopper's own instructions
+        if not digits.isdigit():
+            continue
+        built = divmod(int(digits), 10)
+        if (kind == "sm" and built[0] == major and built[1] <= minor) or (
+            kind == "compute" and built <= (major, minor)
+        ):
+            return True
+    return False

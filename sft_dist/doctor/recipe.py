@@ -116,22 +116,18 @@ def training_findings(answer: Answer, group: Group) -> Iterator[Finding]:
         mend = "what is not ok among the versions is the cause; training would end the same way"
         yield group.problem("attention", f"could not be asked: {answer.failure or 'no answer'}", mend)
         return
-    others = "; ".join(
-        f"not {name}: {why}" for name, why in facts.get("others", {}).items() if why and "cpu" not in why
-    )
-    if "error" in facts:
-        yield group.problem(
-            "attention", facts["error"], "change that key of the recipe" + (f" ({others})" if others else "")
-        )
+    others = facts.get("others", {}).items()
+    told = "; ".join(f"not {name}: {why}" for name, why in others if why and "this is cpu" not in why)
+    told = f" ({told})" if told else ""
+    if facts["error"]:
+        yield group.problem("attention", facts["error"], f"change that key of the recipe{told}")
         return
     name, difference = facts["attention"], facts["difference"]
     text = f"{name}, {facts['dtype']} on {facts['device']}"
     if difference > TOLERANCE[facts["dtype"]]:
         mend = "use model.attention: sdpa, and report the versions above to the package's makers"
         yield group.problem("attention", f"{text}: documents of a pack are off by {difference:.2g}", mend)
-    else:
-        yield group.ok(
-            "attention",
-            f"{text}; two documents in a pack, each as alone within {difference:.1g}"
-            + (f" ({others})" if others else ""),
-        )
+        return
+    yield group.ok("attention", f"{text}; two documents in a pack, each as alone within {difference:.1g}{told}")
+    if "compiled" in facts:
+        yield group.ok("compile", f"decoder layers are {'compiled' if facts['compiled'] else 'not compiled'} here")

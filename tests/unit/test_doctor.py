@@ -20,7 +20,7 @@ from sft_dist.config import load_recipe
 from sft_dist.doctor import ask_directory, ask_training, recipe, topology
 from sft_dist.doctor.environment import check_environment
 from sft_dist.doctor.finding import Finding, Group, Verdict
-from sft_dist.doctor.gpus import FIELDS, GROUP, gpu_findings, parse_gpus, torch_gpu_findings
+from sft_dist.doctor.gpus import FIELDS, GROUP, gpu_findings, has_kernels, parse_gpus, torch_gpu_findings
 from sft_dist.doctor.host import LIMITS, limit_finding, memlock_finding, shm_finding
 from sft_dist.doctor.network import check_network
 from sft_dist.doctor.places import place_finding
@@ -278,6 +278,26 @@ def test_torch_without_the_drivers_gpus_is_a_problem(monkeypatch: pytest.MonkeyP
     assert found == {"torch, GPU 0": "problem", "torch, GPU 1": "warning", "torch, GPU 2": "problem"}
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["sm_80", "sm_90"], (8, 0), True),
+        (["sm_80", "sm_90"], (8, 9), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_80", "sm_90a"], (9, 0), True),
+        (["sm_80", "sm_90"], (10, 0), False),
+        (["sm_80", "sm_90", "compute_90"], (10, 0), True),
+        (["sm_100", "sm_120"], (12, 0), True),
+        (["compute_120"], (10, 0), False),
+    ],
+)
+def test_kernels_run_on_gpus_that_they_were_built_for(
+    archs: list[str], capability: tuple[int, int], runs: bool
+) -> None:
+    """By NVIDIA's rules of compatibility: binaries within a major version, PTX on anything later."""
+    assert has_kernels(archs, *capability) is runs
+
+
 # Host and disk.
 
 
@@ -442,7 +462,8 @@ def test_attention_of_a_recipe_is_tried_and_a_refusal_told(tmp_path: Path, tied_
     facts = ask_training.main([path, "model.attention=sdpa"])
     assert 0 <= facts["difference"] < 1e-5
     group = Group("recipe")
-    assert verdicts(training_findings(answered(facts), group)) == {"attention": "ok"}
+    assert verdicts(training_findings(answered(facts), group)) == {"attention": "ok", "compile": "ok"}
+    assert facts["compiled"] is False, "on a CPU only when it is asked for"
     leaking = answered(facts | {"difference": 0.3})
     assert verdicts(training_findings(leaking, group)) == {"attention": "problem"}
     refused = ask_training.main([path, "model.attention=torch_varlen", "model.dtype=bf16"])
@@ -450,6 +471,8 @@ def test_attention_of_a_recipe_is_tried_and_a_refusal_told(tmp_path: Path, tied_
     assert verdicts(training_findings(answered(refused), group)) == {"attention": "problem"}
     wrong = tmp_path / "knobs.json"
     wrong.write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}')
+    liger = ask_training.main([path, "model.kernels=liger"])
+    assert "model.kernels='liger' runs on CUDA devices" in liger["error"]
     knobs = ask_training.main([path, "train.engine=zero2", f"train.deepspeed={wrong}"])
     assert "train_batch_size" in knobs["error"]
 
