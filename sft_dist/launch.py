@@ -234,12 +234,14 @@ def command_for(
     hosts: Hosts | None = None,
     config: Path | None = None,
     forced_several: bool = False,
+    module: str | None = None,
 ) -> list[str]:
     """The command that trains: accelerate for several processes, python alone for one.
 
     num_processes: on each host. config: the user's own; None for ours. forced_several: although that says one.
+    module: instead of `sft_dist train`.
     """
-    train = ["-m", "sft_dist", "train", *words]
+    train = ["-m", *((module,) if module else ("sft_dist", "train")), *words]
     num_hosts = hosts.count if hosts is not None else 1
     if num_processes * num_hosts == 1 and config is None:
         return [sys.executable, *train]

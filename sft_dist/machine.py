@@ -19,6 +19,7 @@ import json, torch
 gpus = range(torch.cuda.device_count())
 print(json.dumps([torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus]))
 """
+ASK_TORCH_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,16 @@ def look_for_gpus(environ: Mapping[str, str] = os.environ) -> Gpus:
     if hidden or not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
         return Gpus()
     # In a process of its own: this one lives as long as the run, and torch costs seconds and memory.
-    asked = subprocess.run([sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, env=environ)
+    command = [sys.executable, "-c", ASK_TORCH]
+    try:
+        asked = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environ, timeout=ASK_TORCH_S
+        )
+    except subprocess.TimeoutExpired:
+        raise BackendError(
+            f"torch did not count the GPUs within {ASK_TORCH_S:g} s: the driver or the disk hangs; "
+            "`sft-dist doctor` looks at both"
+        ) from None
     if asked.returncode:
         raise BackendError(f"torch does not start, so that GPUs cannot be counted: {asked.stderr.strip()[-500:]}")
     sizes: list[int] = json.loads(asked.stdout.splitlines()[-1])

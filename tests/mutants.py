@@ -1079,6 +1079,35 @@ MUTANTS = [
         "if False:",
         "launch/test_push.py::test_a_push_arrives_byte_for_byte_and_what_goes_wrong_is_one_line",
     ),
+    # Doctor and import.
+    Mutant(
+        "doctor: ranks of a trial that hangs outlive it",
+        "doctor/probe.py",
+        "for pid in [*(pid for pid, _ in descendants(process.pid)), process.pid]:",
+        "for pid in [process.pid]:",
+        "unit/test_doctor.py::test_a_program_that_hangs_is_ended_with_what_it_started",
+    ),
+    Mutant(
+        "doctor: a port in use is called free",
+        "doctor/host.py",
+        "require_free_port(port)",
+        "pass",
+        "unit/test_doctor.py::test_a_broken_machine_is_told_whole_and_ends_with_1",
+    ),
+    Mutant(
+        "import: GPUs are left out of a step",
+        "migrate/shared.py",
+        "return self.per_device * self.accumulation * self.gpus",
+        "return self.per_device * self.accumulation",
+        "unit/test_migrate.py::test_a_step_is_micro_batch_times_accumulation_times_gpus",
+    ),
+    Mutant(
+        "import: unknown keys are dropped in silence",
+        "migrate/ledger.py",
+        "return [key for key in self.given if key not in self.seen]",
+        "return []",
+        "unit/test_migrate.py::test_unknown_keys_are_named",
+    ),
 ]
 
 

@@ -34,6 +34,9 @@ status status_report live_state live_view live_tracker tensorboard_tracker track
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.store_note data.inspect data.page_template data.inspect_page
 report_data report_figures report_numbers report_charts report_evaluation report_parts report_png report
+data.inspect_sample data.inspect_figures data.inspect data.inspect_page
+migrate.ledger migrate.shared migrate.schedule migrate.trainer migrate.trl migrate.llamafactory
+migrate.axolotl_data migrate.axolotl migrate.convert migrate.report
 -- torch below this line
 data.batch
 model.attention model.checkpointing model.last_layer model.compile model.kernels model.loss model.load
@@ -47,6 +50,10 @@ model_card export push
 oom job banner profiling forward_time
 measuring loop
 affinity train measure launch
+doctor.finding doctor.probe doctor.topology doctor.gpus doctor.versions doctor.host doctor.places doctor.environment
+doctor.network doctor.recipe doctor.trial doctor.examine doctor.report
+doctor.ask_package doctor.ask_directory doctor.ask_reach doctor.ask_torch doctor.ask_training doctor.all_reduce
+doctor.smoke_inputs
 demo_run
 """.splitlines()
 MODULES = [module for line in ORDER if not line.startswith("--") for module in line.split()]
