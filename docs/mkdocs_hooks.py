@@ -1,7 +1,7 @@
 """The site mirrors the repository, so that one relative link works here, on a code host and in an editor.
 
-    README.md, CONTRIBUTING.md, CHANGELOG.md, benchmarks/README.md, docs/*    pages and pictures under the same paths
-    sft_dist/shape.py, recipes, scripts ... that a page links to              a page with the source, <path>.md
+README.md, CONTRIBUTING.md, CHANGELOG.md, benchmarks/README.md, docs/*    pages and pictures under the same paths
+sft_dist/shape.py, recipes, scripts ... that a page links to              a page with the source, <path>.md
 """
 
 import posixpath
