@@ -1018,6 +1018,28 @@ MUTANTS = [
         '"data_types": {"grad_accum_dtype": "bf16"},',
         "numerics/test_bf16.py::test_zero_adds_bf16_gradients_up_in_fp32[zero2-packs-example_mean-r103-accumulates-bf16-w2]",
     ),
+    # ------------------------------------------------------------ what the pages say
+    Mutant(
+        "the weights of the pages' worked example",
+        "data/batch.py",
+        "return 1.0 / (len(num_responses) * num_responses.astype(np.float64))",
+        "return np.full(len(num_responses), 1.0 / num_responses.sum(dtype=np.float64))",
+        "unit/test_doc_examples.py",
+    ),
+    Mutant(
+        "a logged loss that is not the one by hand",
+        "loop.py",
+        "shares.append(share.detach().double())",
+        "shares.append(share.detach().double() * 1.0001)",
+        "launch/test_doc_commands.py::test_commands_do_what_the_docs_say",
+    ),
+    Mutant(
+        "an error in other words than the troubleshooting page has",
+        "train.py",
+        "another process is training here; wait for it",
+        "somebody else is at work here; wait",
+        "unit/test_troubleshooting.py",
+    ),
 ]
 
 
