@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants bench bench-check bench-data bench-smoke bench-checkpoints faults faults-full soak soak-short slurm wheel clean
+.PHONY: demo test lint mutants bench bench-check bench-data bench-smoke bench-checkpoints faults faults-full soak soak-short slurm wheel docs notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
@@ -20,6 +20,15 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages as a site that needs no network: build/site/index.html. Fails on a link to nothing and on a page without a place.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo built build/site/index.html
+
+# The notebook, without its first cell, in a directory of its own with the files of the wheel: a minute.
+notebook: $(VENV)/installed
+	$(BIN)/python tests/notebook.py
 
 mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py

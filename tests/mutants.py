@@ -1107,6 +1107,27 @@ MUTANTS = [
         "return [key for key in self.given if key not in self.seen]",
         "return []",
         "unit/test_migrate.py::test_unknown_keys_are_named",
+    # ------------------------------------------------------------ what the pages say
+    Mutant(
+        "the weights of the pages' worked example",
+        "data/batch.py",
+        "return 1.0 / (len(num_responses) * num_responses.astype(np.float64))",
+        "return np.full(len(num_responses), 1.0 / num_responses.sum(dtype=np.float64))",
+        "unit/test_doc_examples.py",
+    ),
+    Mutant(
+        "a logged loss that is not the one by hand",
+        "loop.py",
+        "shares.append(share.detach().double())",
+        "shares.append(share.detach().double() * 1.0001)",
+        "launch/test_doc_commands.py::test_commands_do_what_the_docs_say",
+    ),
+    Mutant(
+        "an error in other words than the troubleshooting page has",
+        "train.py",
+        "another process is training here; wait for it",
+        "somebody else is at work here; wait",
+        "unit/test_troubleshooting.py",
     ),
 ]
 
