@@ -264,7 +264,7 @@ def _recipe_verb(
     text: str,
 ) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text)
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as qwen2.5-1.5b")
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as qwen2.5-1.5b-1x80gb")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-5 batch.pack_tokens=8192")
     parser.set_defaults(verb=verb)
     return parser

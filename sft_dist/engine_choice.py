@@ -64,10 +64,11 @@ def choose_engine(
     in_host = f", and host memory {_gb(host)} a process" if host else ""
     what = "a step" if isinstance(size, ModelShape) else "the state"
     of_it = f"{_gb(room)} to use" if isinstance(size, ModelShape) else f"{_gb(room)} beside activations"
+    there = f"{_gb(needs[engine])}{in_host}"
     return EngineChoice(
         engine,
         f"train.engine=auto becomes {engine}: {what} of {num_params / 1e9:.2f} B parameters under {plain} takes "
-        f"{_gb(needs[plain])}, of which a GPU of {_gb(gpu_bytes)} has {of_it}; under {engine} it takes {_gb(needs[engine])}{in_host}",
+        f"{_gb(needs[plain])}, of which a GPU of {_gb(gpu_bytes)} has {of_it}; under {engine} it takes {there}",
     )
 
 

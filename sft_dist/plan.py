@@ -44,7 +44,7 @@ CARDS = {
     "RTX 4090": 24,
     "RTX 3090": 24,
 }
-"""Memory that may be used, in GB of 10^9 bytes: what a card is sold by where it has that many GiB, and less with ECC."""
+"""Memory that may be used, in GB of 10^9 bytes: what a card is sold by, or less where ECC takes of it."""
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|GiB)", re.IGNORECASE)
 
@@ -59,7 +59,8 @@ HOST_SHARE = 0.95
 class Machine:
     """What is trained on, so many processes on each node, each with memory of its own.
 
-    memory_bytes: that may be used. device: cuda or cpu. card: a GPU's name, where it is known. source: where this was found. host_bytes: of a node.
+    memory_bytes: that may be used. device: cuda or cpu. card: a GPU's name, where it is known. source: where this was
+    found. host_bytes: of a node.
     """
 
     nodes: int

@@ -123,11 +123,11 @@ def name_of(setting: Setting) -> str:
 
 def _verdict(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.fastest is not None:
-        need = plan.fastest.need
+        need, there = plan.fastest.need, plan.machine.memory_bytes / 1e9
         yield (
             "take",
-            f"train.engine={plan.fastest.engine} model.checkpointing={plan.fastest.checkpointing}: the fastest that fits, "
-            f"{need.device_bytes / 1e9:.1f} of {plan.machine.memory_bytes / 1e9:.1f} GB, fullest in the {need.moment}",
+            f"train.engine={plan.fastest.engine} model.checkpointing={plan.fastest.checkpointing}: the fastest that "
+            f"fits, {need.device_bytes / 1e9:.1f} of {there:.1f} GB, fullest in the {need.moment}",
         )
     else:
         yield "take", "nothing fits; set a smaller batch.pack_tokens, or take more or larger GPUs"
