@@ -58,6 +58,8 @@ def show_banner(
         "check": f"packed loss {agreement.packed_loss:.6f}, "
         f"the model's own document by document {agreement.own_loss:.6f}",
     }
+    if planned := job.planned_memory:
+        lines["memory"] = f"planned peak {sum(planned.values()) / 1e9:,.2f} GB a process, on its {job.device.type}"
     for held_out in job.held_out:
         named = f" {held_out.name}" * (held_out.name != HELD_OUT)
         lines[f"held out{named}"] = _held_out(held_out, job)

@@ -222,7 +222,7 @@ def note_start(job: Job, *, banner: Sequence[tuple[str, str]]) -> None:
         settings=settings | {"attention": job.backend.name},
     )
     notes = {"environment": environment, "data": store_note(job.store), "banner": banner}
-    amend_start(job.recipe.run.path, notes)
+    amend_start(job.recipe.run.path, notes | {"planned_memory": job.planned_memory})
 
 
 @contextlib.contextmanager

@@ -443,9 +443,9 @@ MUTANTS = [
     Mutant(
         "an engine is chosen that leaves no room for activations",
         "engine_choice.py",
-        "if size <= room]",
-        "if size <= gpu_bytes]",
-        "unit/test_engine_choice.py::test_the_plainest_engine_that_fits",
+        "if needs[engine] <= room)",
+        "if needs[engine] <= gpu_bytes)",
+        "unit/test_engine_choice.py::test_the_plainest_engine_whose_state_leaves_room_for_activations",
     ),
     Mutant(
         "a name that means each host itself is taken for host 0",
@@ -1107,6 +1107,7 @@ MUTANTS = [
         "return [key for key in self.given if key not in self.seen]",
         "return []",
         "unit/test_migrate.py::test_unknown_keys_are_named",
+    ),
     # ------------------------------------------------------------ what the pages say
     Mutant(
         "the weights of the pages' worked example",

@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_dist.engine_choice import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, state_bytes
+from sft_dist import memory
+from sft_dist.memory import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, Training
 from sft_dist.shape import ModelShape
 
 BF16_BYTES = 2
 
 RESERVED_BYTES = 2 * 2**30
 """What CUDA, its libraries and a fragmented cache take of a card."""
-
-HEAD_CHUNK_BYTES = 2 * 2**30
-"""A chunk of the head: logits in bf16 and in fp32, and their gradient in bf16."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +148,8 @@ def plans(case: Case, *, state: float, room: float, dtype: str, modes: Sequence[
 
 def our_state_bytes(case: Case, *, dtype: str) -> float:
     """What engine/local.py keeps; with one pack a step, gradients stay in the dtype of the weights."""
-    num_parameters = case.shape.num_params
-    state = state_bytes("single", num_gpus=1, num_parameters=num_parameters, dtype=dtype)
-    kept = (GRADIENT_BYTES - BF16_BYTES) * num_parameters
-    return state - kept if case.packs == 1 and dtype == "bf16" else state
+    training = _training(case, tokens=case.pack_tokens, checkpointing="none", dtype=dtype)
+    return sum(memory.state_bytes(case.shape.num_params, training).values())
 
 
 def peer_state_bytes(case: Case, *, dtype: str) -> float:
@@ -163,23 +159,11 @@ def peer_state_bytes(case: Case, *, dtype: str) -> float:
 
 
 def activation_bytes(case: Case, *, tokens: int, checkpointing: str, dtype: str) -> float:
-    """An estimate of what is alive when the head has run, or when a layer is recomputed.
+    """Activations and the head's own at the fullest moment, of uncompiled layers; every token may be trained."""
+    training = _training(case, tokens=tokens, checkpointing=checkpointing, dtype=dtype)
+    kept, head = memory.activation_bytes(case.shape, training), memory.head_bytes(case.shape, training)
+    return kept + max(head, memory.layer_backward_bytes(case.shape, training))
 
-    Of uncompiled layers: norms, which compute in fp32, over hidden states and in Qwen3 over q and k; q, k, v;
-    attention and its fp32 normaliser; the gated MLP.
-    """
-    shape = case.shape
-    size = BF16_BYTES if dtype == "bf16" else 4
-    upcast = 4 if dtype == "bf16" else 0
-    keys = shape.num_key_value_heads * shape.head_dim
-    normed = 2 * shape.hidden + (shape.attention_width + keys) * (case.config["model_type"] == "qwen3")
-    norms = normed * (2 * size + upcast)
-    attention = size * (2 * shape.attention_width + 2 * keys) + 4 * shape.num_heads
-    layer = norms + attention + 4 * size * shape.intermediate
-    kept = {
-        "none": layer * shape.num_layers,
-        "selective": (size * (shape.hidden + shape.attention_width) + 4 * shape.num_heads) * shape.num_layers + layer,
-        "full": size * shape.hidden * shape.num_layers + layer,
-    }[checkpointing]
-    head = shape.head_params * (4 + size) + HEAD_CHUNK_BYTES * (shape.vocabulary > 10_000)
-    return kept * tokens + head
+
+def _training(case: Case, *, tokens: int, checkpointing: str, dtype: str) -> Training:
+    return Training("single", 1, dtype, "cuda", checkpointing, tokens=tokens, responses=tokens, num_micros=case.packs)

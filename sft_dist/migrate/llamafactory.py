@@ -64,7 +64,7 @@ LACKING = {
     "export_dir": "the model is always exported, to run.dir/run.name/model",
     "tokenized_path": "data.store is where tokenised data is kept; it is made anew",
     "freeze_vision_tower": "text alone is trained",
-    "eval_on_each_dataset": "sets with names are measured each by itself: data.held_out: {a: one.jsonl, b: another.jsonl}",
+    "eval_on_each_dataset": "sets that have names, data.held_out: {a: one.jsonl, b: another.jsonl}, are each measured",
     "hf_hub_token": "keep tokens out of files; the hub's client reads its own",
     **trainer.LACKING,
 }

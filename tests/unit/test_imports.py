@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sft_dist"
 ORDER = """
 errors shape peaks redact run_files section evaluate_section config console durable package_files quiet freed_pages
 world environment
-machine accelerate_config engine_choice
+machine accelerate_config known_models memory engine_choice
 submit
 commits run_record metrics metric_names wandb_process wandb_sync
 heartbeat rank_log hang watchdog
@@ -31,6 +31,7 @@ data.draws data.schedule data.steps data.held_out data.questions
 data.shown
 answers task_scores evaluation evaluation_report comparison
 status status_report live_state live_view live_tracker tensorboard_tracker trackers
+plan plan_report plan_picture
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.store_note data.inspect data.page_template data.inspect_page
 report_data report_figures report_numbers report_charts report_evaluation report_parts report_png report
