@@ -113,8 +113,6 @@ def has_kernels(archs: Sequence[str], major: int, minor: int) -> bool:
         if not digits.isdigit():
             continue
         built = divmod(int(digits), 10)
-        if (kind == "sm" and built[0] == major and built[1] <= minor) or (
-            kind == "compute" and built <= (major, minor)
-        ):
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
             return True
     return False
