@@ -154,9 +154,10 @@ def test_answers_during_a_run_are_the_same_on_every_layout(case: Case, lab: Lab)
     for step in (0, 7, 14, 20):
         found = lab.answers(case, step)
         assert len(found) == 3
-        if case.loss == case.evaluated_alone.loss:
-            assert found == lab.answers(case.evaluated_alone, step)
-    assert lab.answers(case, 20) != lab.answers(case, 0), "they are of the trained weights"
+        assert found == lab.answers(case.evaluated_alone, step)
+    if case.loss == "example_mean":  # under token_mean 20 steps do not teach the short answers of these prompts
+        assert all(lab.answers(case, 20).values())
+        assert lab.answers(case, 20) != lab.answers(case, 0), "they are of the trained weights"
 
 
 @pytest.mark.parametrize("case", EVALUATED, ids=lambda case: case.run_name)
