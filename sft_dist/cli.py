@@ -582,9 +582,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
     console = make_console()
-    held_out = {f"held out {name}" * (name != HELD_OUT) or "held out": s for name, s in recipe.data.held_out.items()}
-    for name, sources in {"train": recipe.data.train, **held_out}.items():
-        console.print(f"[bold]{name}[/bold]")
+    for name, sources in {"train": recipe.data.train, **recipe.data.held_out}.items():
+        title = {"train": "train", HELD_OUT: "held out"}.get(name, f"held out {name}")
+        console.print(title, style="bold", markup=False)
         summary(open_or_prepare(recipe, sources, console=console), console)
     if arguments.with_model:
         section = recipe.model

@@ -204,16 +204,16 @@ def _answer(task: Task, section: ModelSection, kind: str, engine: OneRank, dtype
         log.append(answers)
         progress.add(len(answers))
 
-    with as_answering(engine.model, device=task.device) as model:
-        answers = answer_all(
-            Answerer(model, task.tokenizer, device=task.device),
-            asked,
-            world=world,
-            sampling=Sampling(evaluate.max_new_tokens),
-            batch_size=evaluate.batch_size,
-            known=dict(json.loads(known)),
-            on_batch=on_batch,
-        )
+    model = as_answering(engine.model, device=task.device)
+    answers = answer_all(
+        Answerer(model, task.tokenizer, device=task.device),
+        asked,
+        world=world,
+        sampling=Sampling(evaluate.max_new_tokens),
+        batch_size=evaluate.batch_size,
+        known=dict(json.loads(known)),
+        on_batch=on_batch,
+    )
     scored = score_answers(asked, answers, evaluate)
 
     def write() -> None:

@@ -87,15 +87,16 @@ class Measuring:
             self.watchdog.progress(step=state.step, phase="answering held-out prompts")
 
         on_batch()
-        with as_answering(engine.model, device=engine.device) as model:
-            answers = answer_all(
-                Answerer(model, self.tokenizer, device=engine.device),
-                self.questions,
-                world=engine.world,
-                sampling=Sampling(section.max_new_tokens),
-                batch_size=section.batch_size,
-                on_batch=on_batch,
-            )
+        model = as_answering(engine.model, device=engine.device)
+        answers = answer_all(
+            Answerer(model, self.tokenizer, device=engine.device),
+            self.questions,
+            world=engine.world,
+            sampling=Sampling(section.max_new_tokens),
+            batch_size=section.batch_size,
+            on_batch=on_batch,
+        )
+        del model  # under ZeRO-3 a copy
         scored = score_answers(self.questions, answers, section)
         file = step_file(self.recipe.run.path, state.step)
         on_main(lambda: write_scored(file, scored), world=engine.world, device=engine.device)

@@ -35,7 +35,7 @@ def wilson(num_right: float, num_answers: int) -> tuple[float, float]:
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int) -> tuple[float, float]:
-    """The 95% interval of a mean: percentiles of the means of samples drawn with replacement. """
+    """The 95% interval of a mean: percentiles of the means of samples drawn with replacement. One says nothing."""
     scores = np.asarray(values, dtype=np.float64)
     if len(scores) < 2:
         return 0.0, 1.0

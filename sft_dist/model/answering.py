@@ -10,9 +10,7 @@ A copy, not ZeRO-3's own forward in lock-step: that would gather all weights aga
 the slowest answer is done; and without collectives inside, ranks may have unequal numbers of prompts.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,10 +20,10 @@ from sft_dist.errors import BackendError
 from sft_dist.model.load import PackedModel, whole
 
 
-@contextlib.contextmanager
-def as_answering(model: PackedModel, *, device: torch.device) -> Iterator[PreTrainedModel]:
+def as_answering(model: PackedModel, *, device: torch.device) -> PreTrainedModel:
     """The model for generation, in eval mode, without gradients. Collective where weights are in pieces.
 
+    It has the weights of now: of later ones only where it shares their storage, so it is not to be kept.
     Raises BackendError for a model that has state beside its weights and buffers.
     """
     trained = model.causal_lm
@@ -41,8 +39,7 @@ def as_answering(model: PackedModel, *, device: torch.device) -> Iterator[PreTra
         raise BackendError(
             f"{type(trained).__name__} cannot be made to answer while it is trained: no value of {left[0]}"
         )
-    twin.requires_grad_(False)
-    yield twin.eval()
+    return twin.requires_grad_(False).eval()
 
 
 def _weights(trained: PreTrainedModel, device: torch.device) -> dict[str, Tensor]:

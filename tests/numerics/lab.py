@@ -126,7 +126,7 @@ class Lab:
         train |= {"save_every": case.save_every, "keep_checkpoints": STEPS}
         if case.engine.startswith("zero"):
             train["deepspeed"] = str(tiny.write_zero_file(self.directory, case.engine))
-        answers = {"generate_every": case.eval_every, "generate_examples": 3, "batch_size": 2, "max_new_tokens": 12}
+        answers = {"generate_every": case.eval_every, "generate_examples": 5, "batch_size": 2, "max_new_tokens": 12}
         return {
             "run": {"name": case.run_name, "dir": str(self.directory / "runs"), "seed": SEED},
             "model": {"path": str(self.model_dir), "checkpointing": case.checkpointing, "dtype": case.dtype},

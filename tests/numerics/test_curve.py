@@ -150,13 +150,14 @@ def held_out_pairs(lab: Lab) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("case", EVALUATED, ids=lambda case: case.run_name)
 def test_answers_during_a_run_are_the_same_on_every_layout(case: Case, lab: Lab) -> None:
-    """Three prompts in batches of two: one of two ranks has one batch, and two of four have none."""
+    """Five prompts in batches of two: of two ranks one has a batch more, and of four one has none."""
     for step in (0, 7, 14, 20):
         found = lab.answers(case, step)
-        assert len(found) == 3
-        if case.loss == case.evaluated_alone.loss:
-            assert found == lab.answers(case.evaluated_alone, step)
-    assert lab.answers(case, 20) != lab.answers(case, 0), "they are of the trained weights"
+        assert len(found) == 5
+        assert found == lab.answers(case.evaluated_alone, step)
+    if case.loss == "example_mean":  # under token_mean 20 steps do not teach the short answers of these prompts
+        assert any(lab.answers(case, 20).values())
+        assert lab.answers(case, 20) != lab.answers(case, 0), "they are of the trained weights"
 
 
 @pytest.mark.parametrize("case", EVALUATED, ids=lambda case: case.run_name)

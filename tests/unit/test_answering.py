@@ -50,11 +50,10 @@ def plain_answer(directory: Path, prompt: list[int]) -> str:
 
 
 def test_batched_or_alone_the_answer_is_the_most_likely_token_each_time(directory: Path) -> None:
-    model = load(directory)
-    with as_answering(model, device=CPU) as answering:
-        answerer = Answerer(answering, ChatTokenizer.load(directory), device=CPU)
-        together = answerer.complete(PROMPTS, sampling=SAMPLING)
-        alone = [answerer.complete([prompt], sampling=SAMPLING)[0] for prompt in PROMPTS]
+    answering = as_answering(load(directory), device=CPU)
+    answerer = Answerer(answering, ChatTokenizer.load(directory), device=CPU)
+    together = answerer.complete(PROMPTS, sampling=SAMPLING)
+    alone = [answerer.complete([prompt], sampling=SAMPLING)[0] for prompt in PROMPTS]
     assert together == alone == [plain_answer(directory, prompt) for prompt in PROMPTS]
     assert len(set(together)) == len(PROMPTS), "the prompts are told apart"
 
@@ -63,16 +62,16 @@ def test_the_trained_model_is_as_it_was_and_its_weights_are_shared(directory: Pa
     model = load(directory)
     implementation = model.causal_lm.config._attn_implementation
     random_state = torch.get_rng_state()
-    with as_answering(model, device=CPU) as answering:
-        storages = {name: value.data_ptr() for name, value in answering.named_parameters()}
-        assert storages == {name: value.data_ptr() for name, value in model.causal_lm.named_parameters()}
-        assert not answering.training
-        assert not any(parameter.requires_grad for parameter in answering.parameters())
-        before = answering(input_ids=torch.tensor([PROMPTS[0]])).logits
-        with torch.no_grad():
-            model.head.weight.mul_(2)
-        assert torch.allclose(answering(input_ids=torch.tensor([PROMPTS[0]])).logits, 2 * before)
-        Answerer(answering, ChatTokenizer.load(directory), device=CPU).complete(PROMPTS, sampling=SAMPLING)
+    answering = as_answering(model, device=CPU)
+    storages = {name: value.data_ptr() for name, value in answering.named_parameters()}
+    assert storages == {name: value.data_ptr() for name, value in model.causal_lm.named_parameters()}
+    assert not answering.training
+    assert not any(parameter.requires_grad for parameter in answering.parameters())
+    before = answering(input_ids=torch.tensor([PROMPTS[0]])).logits
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert torch.allclose(answering(input_ids=torch.tensor([PROMPTS[0]])).logits, 2 * before)
+    Answerer(answering, ChatTokenizer.load(directory), device=CPU).complete(PROMPTS, sampling=SAMPLING)
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.causal_lm.config._attn_implementation == implementation

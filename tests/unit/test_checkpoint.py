@@ -396,6 +396,8 @@ def test_every_setting_that_decides_the_curve_is_named_as_in_the_recipe(key: str
         ("train", "save_every", 5),
         ("train", "keep_checkpoints", 5),
         ("train", "max_withheld", 5),
+        ("data", "held_out", {"clinic": "h.jsonl", "general": ["g.jsonl"]}),
+        ("evaluate", "tasks", {"calculator": {"metric": "numeric", "relative": 0.05}}),
         ("train", "timeout_s", 5.0),
         ("batch", "pack_tokens", 5000),
         ("model", "checkpointing", "full"),
