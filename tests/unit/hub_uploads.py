@@ -76,7 +76,7 @@ class _Handler(hub_server.Handler):
             self._fail(409, "", "You already created this model repo")
             return
         self.served.repositories[name] = {"main": {}}
-        self.kept.private |= {name} if asked.get("private") else set()
+        self.kept.private |= {name} if asked.get("visibility") == "private" or asked.get("private") else set()
         self._send_json({"url": url, "name": name.removeprefix("models/"), "id": name.removeprefix("models/")})
 
     def _upload_of(self, wanted: dict[str, object]) -> dict[str, object]:

@@ -45,8 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             name="clinic",
             num_examples=24,
             train={"save_every": 1, "keep_checkpoints": 3, "eval_every": 3},
-            data={"held_out_share": 0.2, "max_tokens": 60, "too_long": "drop"},
-            wandb=None,
+            data={"held_out_share": 0.2, "max_tokens": 50},
         )
         assert run(load_recipe(recipe), console=Console(quiet=True)).finished
         found[name] = directory / "runs" / "clinic"
