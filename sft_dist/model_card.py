@@ -20,7 +20,7 @@ from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.inspect_figures import causes
 from sft_dist.metrics import read_held_out, read_steps
 from sft_dist.redact import redacted, redacted_tree
-from sft_dist.run_files import EVALUATION, METRICS
+from sft_dist.run_files import EVALUATION, METRICS, RUN_JSON
 from sft_dist.run_record import read_starts
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,9 +38,9 @@ class Weights:
 def write_card(run_dir: Path, recipe: Recipe, *, weights: Weights, tokenizer: ChatTokenizer) -> str:
     """The card as Markdown. What a run does not know is left out; only the final weights have its evaluation."""
     starts = read_starts(run_dir)
-    segments = _read_json(run_dir / "run.json").get("segments") or [{}]
+    segments = _read_json(run_dir / RUN_JSON).get("segments") or [{}]
     steps = read_steps(run_dir / METRICS)
-    is_final = bool(starts) and weights.steps == (starts[-1]["num_steps"],)
+    is_final = weights.steps == (starts[-1]["num_steps"],)
     base = base_model(recipe)
     parts = [
         _header(recipe, base),
@@ -102,7 +102,7 @@ def _header(recipe: Recipe, base: str | None) -> str:
 
 
 def _summary(recipe: Recipe, base: str | None, weights: Weights, starts: Sequence[Mapping[str, Any]]) -> str:
-    of = f" of {starts[-1]['num_steps']:,}" if starts else ""
+    of = f" of {starts[-1]['num_steps']:,}"
     if len(weights.steps) > 1:
         told = ", ".join(f"{step:,}" for step in weights.steps)
         which = f"These weights are the uniform mean of those after steps {told}{of}"
@@ -216,8 +216,6 @@ def _scored(score: Mapping[str, Any] | None) -> str:
 
 
 def _environment(starts: Sequence[Mapping[str, Any]]) -> str:
-    if not starts:
-        return ""
     last = starts[-1]
     layout = last.get("layout") or {}
     known = {**(last.get("code") or {}), **{key: layout[key] for key in ("processes", "train.engine") if key in layout}}
