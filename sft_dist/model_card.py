@@ -18,6 +18,7 @@ from sft_dist import __version__
 from sft_dist.config import Recipe
 from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.inspect_figures import causes
+from sft_dist.data.tokenizer_files import MODEL_CARD
 from sft_dist.metrics import read_held_out, read_steps
 from sft_dist.redact import redacted, redacted_tree
 from sft_dist.run_files import EVALUATION, METRICS, RUN_JSON
@@ -57,17 +58,24 @@ def write_card(run_dir: Path, recipe: Recipe, *, weights: Weights, tokenizer: Ch
 
 
 def base_model(recipe: Recipe) -> str | None:
-    """The hub id of the model that was trained; None for a directory."""
+    """The hub id of the model that was trained; None for a directory, also one that is not here any more.
+
+    A model from a hub is in the cache: `demo/model` alone would tell neither from the other.
+    """
     path = recipe.model.path
-    return path if HUB_ID.fullmatch(path) and not Path(path).exists() else None
+    if not HUB_ID.fullmatch(path) or Path(path).exists():
+        return None
+    return (
+        path if isinstance(try_to_load_from_cache(path, "config.json", revision=recipe.model.revision), str) else None
+    )
 
 
 def license_of(recipe: Recipe) -> str | None:
     """The license that the base model's own card names, if that card is on this machine."""
     path = recipe.model.path
-    found = Path(path, "README.md") if Path(path).is_dir() else None
+    found = Path(path, MODEL_CARD) if Path(path).is_dir() else None
     if found is None and base_model(recipe):
-        cached = try_to_load_from_cache(path, "README.md", revision=recipe.model.revision)
+        cached = try_to_load_from_cache(path, MODEL_CARD, revision=recipe.model.revision)
         found = Path(cached) if isinstance(cached, str) else None
     try:
         text = found.read_text(encoding="utf-8") if found else ""
@@ -179,7 +187,7 @@ def _training(
     ]
     rows.append(("tokens trained on", f"{sum(line['tokens'] for line in steps.values()):,}"))
     rows.append(("of them answers", f"{sum(line['response_tokens'] for line in steps.values()):,}"))
-    rows.append(("examples", f"{sum(line['examples'] for line in steps.values()):,}"))
+    rows.append(("examples, repeats counted", f"{sum(line['examples'] for line in steps.values()):,}"))
     withheld = sum(not line["applied"] for line in steps.values())
     rows += [("updates withheld", f"{withheld:,}")] if withheld else []
     mean_of = "examples" if recipe.loss == "example_mean" else "answer tokens"

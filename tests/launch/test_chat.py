@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from sft_dist import cli
-from sft_dist.data.conversation import Conversation, Origin, RawRow
+from sft_dist.data.conversation import Conversation, Message, Origin, RawRow
 from sft_dist.data.rows import parse_row
+from sft_dist.terminal_chat import Talk
 from tests import tiny
 from tests.unit.test_generate import ALPHABET
 
@@ -119,7 +120,7 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def speller(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Answers abc...z to everything, and ends there; 60 positions."""
+    """Answers abc...z to everything, and ends there; 90 positions."""
     return tiny.write_speller(tmp_path_factory.mktemp("speller"), ALPHABET, max_position_embeddings=90)
 
 
@@ -154,14 +155,8 @@ def test_a_saved_conversation_is_a_row_that_trains(
         assert all(message.train for message in parsed.messages if message.role == "assistant")
 
 
-def test_an_answer_that_the_model_did_not_end_is_saved_as_context(
-    speller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sft_dist.terminal_chat import Talk
-
+def test_an_answer_that_the_model_did_not_end_is_saved_as_context() -> None:
     talk = Talk(None)
-    from sft_dist.data.conversation import Message
-
     talk.turns = [
         Message("user", "a"),
         Message("assistant", "b"),
