@@ -20,9 +20,10 @@ from tests.unit.hub_uploads import READ_TOKEN, WRITE_TOKEN
 SERVED = """
 import contextlib, io, json, os, sys
 from sft_dist.cli import main
-from huggingface_hub import snapshot_download
+from huggingface_hub import close_session, snapshot_download
 for line in sys.stdin:
     asked = json.loads(line)
+    close_session()  # a connection that is kept open would outlive the hub
     os.environ.pop("HF_TOKEN", None)
     os.environ.update(asked["environment"])
     said = io.StringIO()
