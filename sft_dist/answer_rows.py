@@ -5,6 +5,8 @@ answers.jsonl.settings.json   how the answers were made: nothing else may be add
 """
 
 import json
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +68,18 @@ def answer_rows(
             file.flush()
             sync(output)
     return Answered(len(prompts), num_before)
+
+
+def say_now_and_then(*, every_s: float = 15.0) -> Callable[[int, int], None]:
+    """Says on stderr how far a job is, the first time and then no more often than that."""
+    said_at: list[float] = []
+
+    def say(done: int, of: int) -> None:
+        if not said_at or time.monotonic() - said_at[-1] >= every_s:
+            said_at[:] = [time.monotonic()]
+            print(f"{done:,} of {of:,} rows", file=sys.stderr, flush=True)
+
+    return say
 
 
 def _encode(answerer: Answerer, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:

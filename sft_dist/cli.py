@@ -808,7 +808,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from sft_dist.answer_rows import answer_rows
+    from sft_dist.answer_rows import answer_rows, say_now_and_then
     from sft_dist.data.conversation import Message
     from sft_dist.errors import ConfigError
     from sft_dist.generate import Answerer
@@ -833,7 +833,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         field=arguments.answer_field,
         sampling=sampling,
         batch_size=arguments.batch_size,
-        on_progress=lambda done, all_rows: print(f"{done:,} of {all_rows:,} rows", file=sys.stderr, flush=True),
+        on_progress=say_now_and_then(),
     )
     before = f", {done.num_before:,} of them before" * bool(done.num_before)
     print(f"{arguments.output}: {done.num_rows:,} rows answered{before}")

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sft_dist import commits
 from sft_dist.checkpoint import SHAPES
+from sft_dist.commits import RunState
 from sft_dist.config import Recipe, load_recipe
 from sft_dist.data.chat import ChatTokenizer
 from sft_dist.durable import replace_durably
@@ -23,10 +25,10 @@ from sft_dist.model.export import CARD, empty_model, fill, write_export
 from sft_dist.model.load import config_digest, read_config
 from sft_dist.model_card import Weights, write_card
 from sft_dist.quiet import quiet_libraries
-from sft_dist.run_files import CHECKPOINTS, CONFIG, MODEL
+from sft_dist.run_files import CHECKPOINTS, CONFIG, MODEL, RUN_JSON
 from sft_dist.run_record import read_starts
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -55,38 +57,39 @@ def export_run(
     Raises ConfigError for what is not there or in the way, CheckpointError for a checkpoint that is not whole.
     """
     quiet_libraries()
-    if not (run_dir / CONFIG).is_file():
-        raise ConfigError(
-            f"{run_dir}: no run is here ({CONFIG} is missing); name a run's directory, such as runs/<name>"
-        )
-    recipe = load_recipe(run_dir / CONFIG)
     starts = read_starts(run_dir)
-    num_steps = starts[-1]["num_steps"] if starts else None
+    if not (starts and (run_dir / CONFIG).is_file()):
+        missing = CONFIG if starts else RUN_JSON
+        raise ConfigError(f"{run_dir}: no run is here ({missing} is missing); name a run's directory, as runs/<name>")
+    recipe, num_steps = load_recipe(run_dir / CONFIG), starts[-1]["num_steps"]
     if (step, average, dtype, output) == (None, None, None, None) and (run_dir / MODEL / "config.json").is_file():
         return _new_card(run_dir, recipe, num_steps)
     chosen = _choose(run_dir / CHECKPOINTS, step=step, average=average or 1)
     for path in chosen:
         commits.verify(path)
     state = commits.read_state(chosen[-1])
-    steps = tuple(commits.step_of(path) for path in chosen)
-    trained_in = str(state.curve.get("model.dtype", "float32"))
-    torch_dtype = DTYPES[dtype] if dtype else getattr(torch, trained_in)
-    weights = Weights(steps, str(torch_dtype).removeprefix("torch."))
-    is_final = steps == (num_steps,) and weights.dtype == trained_in
+    trained_in = str(state.curve["model.dtype"])
+    weights = Weights(tuple(commits.step_of(path) for path in chosen), DTYPES[dtype] if dtype else trained_in)
+    is_final = weights == Weights((num_steps,), trained_in)
     directory = output or run_dir / (MODEL if is_final else _name_of(weights, trained_in))
     if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"--output {output}: is there already; name a new directory")
+    tokenizer, causal_lm = _empty(recipe, state, dtype=getattr(torch, weights.dtype))
+    fill(causal_lm, mean_of(chosen, dtype=causal_lm.dtype))
+    card = write_card(run_dir, recipe, weights=weights, tokenizer=tokenizer)
+    write_export(causal_lm, directory, tokenizer=tokenizer, card=card)
+    return Exported(directory, weights.steps, weights.dtype, is_new=True)
+
+
+def _empty(recipe: Recipe, state: RunState, *, dtype: torch.dtype) -> tuple[ChatTokenizer, PreTrainedModel]:
+    """A run's tokenizer, and its model without weights. Raises ConfigError when model.path is another model now."""
     section = recipe.model
     if config_digest(read_config(section)) != state.curve.get("model's config"):
         raise ConfigError(
-            f"model.path={section.path!r} has another config than the model that {run_dir} trained; put that one back"
+            f"model.path={section.path!r} has another config than the model that was trained; put that one back"
         )
     tokenizer = ChatTokenizer.load(section.path, revision=section.revision, chat_template=recipe.data.chat_template)
-    causal_lm = empty_model(section, num_tokens=tokenizer.num_tokens, dtype=torch_dtype)
-    fill(causal_lm, mean_of(chosen, dtype=torch_dtype))
-    card = write_card(run_dir, recipe, weights=weights, tokenizer=tokenizer)
-    write_export(causal_lm, directory, tokenizer=tokenizer, card=card)
-    return Exported(directory, steps, weights.dtype, is_new=True)
+    return tokenizer, empty_model(section, num_tokens=tokenizer.num_tokens, dtype=dtype)
 
 
 @torch.no_grad()
@@ -147,15 +150,16 @@ def _choose(directory: Path, *, step: int | None, average: int) -> list[Path]:
 
 def _name_of(weights: Weights, trained_in: str) -> str:
     """A directory beside <run>/model that says what it holds."""
-    dtype = f"-{'bf16' if weights.dtype == 'bfloat16' else 'fp32'}" * (weights.dtype != trained_in)
+    short = {name: flag for flag, name in DTYPES.items()}[weights.dtype]
+    dtype = f"-{short}" * (weights.dtype != trained_in)
     mean = f"-average-{len(weights.steps)}" * (len(weights.steps) > 1)
     return f"{MODEL}-{commits.name_of(weights.steps[-1])}{mean}{dtype}"
 
 
-def _new_card(run_dir: Path, recipe: Recipe, num_steps: int | None) -> Exported:
+def _new_card(run_dir: Path, recipe: Recipe, num_steps: int) -> Exported:
     directory = run_dir / MODEL
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    weights = Weights((num_steps or 0,), str(config.get("dtype", "float32")))
+    weights = Weights((num_steps,), str(config.get("dtype", "float32")))
     card = write_card(run_dir, recipe, weights=weights, tokenizer=ChatTokenizer.load(directory))
     replace_durably(directory / CARD, card)
     return Exported(directory, weights.steps, weights.dtype, is_new=False)

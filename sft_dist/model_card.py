@@ -18,9 +18,10 @@ from sft_dist import __version__
 from sft_dist.config import Recipe
 from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.inspect_figures import causes
+from sft_dist.data.tokenizer_files import MODEL_CARD
 from sft_dist.metrics import read_held_out, read_steps
 from sft_dist.redact import redacted, redacted_tree
-from sft_dist.run_files import EVALUATION, METRICS
+from sft_dist.run_files import EVALUATION, METRICS, RUN_JSON
 from sft_dist.run_record import read_starts
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,9 +39,9 @@ class Weights:
 def write_card(run_dir: Path, recipe: Recipe, *, weights: Weights, tokenizer: ChatTokenizer) -> str:
     """The card as Markdown. What a run does not know is left out; only the final weights have its evaluation."""
     starts = read_starts(run_dir)
-    segments = _read_json(run_dir / "run.json").get("segments") or [{}]
+    segments = _read_json(run_dir / RUN_JSON).get("segments") or [{}]
     steps = read_steps(run_dir / METRICS)
-    is_final = bool(starts) and weights.steps == (starts[-1]["num_steps"],)
+    is_final = weights.steps == (starts[-1]["num_steps"],)
     base = base_model(recipe)
     parts = [
         _header(recipe, base),
@@ -57,17 +58,24 @@ def write_card(run_dir: Path, recipe: Recipe, *, weights: Weights, tokenizer: Ch
 
 
 def base_model(recipe: Recipe) -> str | None:
-    """The hub id of the model that was trained; None for a directory."""
+    """The hub id of the model that was trained; None for a directory, also one that is not here any more.
+
+    A model from a hub is in the cache: `demo/model` alone would tell neither from the other.
+    """
     path = recipe.model.path
-    return path if HUB_ID.fullmatch(path) and not Path(path).exists() else None
+    if not HUB_ID.fullmatch(path) or Path(path).exists():
+        return None
+    return (
+        path if isinstance(try_to_load_from_cache(path, "config.json", revision=recipe.model.revision), str) else None
+    )
 
 
 def license_of(recipe: Recipe) -> str | None:
     """The license that the base model's own card names, if that card is on this machine."""
     path = recipe.model.path
-    found = Path(path, "README.md") if Path(path).is_dir() else None
+    found = Path(path, MODEL_CARD) if Path(path).is_dir() else None
     if found is None and base_model(recipe):
-        cached = try_to_load_from_cache(path, "README.md", revision=recipe.model.revision)
+        cached = try_to_load_from_cache(path, MODEL_CARD, revision=recipe.model.revision)
         found = Path(cached) if isinstance(cached, str) else None
     try:
         text = found.read_text(encoding="utf-8") if found else ""
@@ -102,7 +110,7 @@ def _header(recipe: Recipe, base: str | None) -> str:
 
 
 def _summary(recipe: Recipe, base: str | None, weights: Weights, starts: Sequence[Mapping[str, Any]]) -> str:
-    of = f" of {starts[-1]['num_steps']:,}" if starts else ""
+    of = f" of {starts[-1]['num_steps']:,}"
     if len(weights.steps) > 1:
         told = ", ".join(f"{step:,}" for step in weights.steps)
         which = f"These weights are the uniform mean of those after steps {told}{of}"
@@ -179,7 +187,7 @@ def _training(
     ]
     rows.append(("tokens trained on", f"{sum(line['tokens'] for line in steps.values()):,}"))
     rows.append(("of them answers", f"{sum(line['response_tokens'] for line in steps.values()):,}"))
-    rows.append(("examples", f"{sum(line['examples'] for line in steps.values()):,}"))
+    rows.append(("examples, repeats counted", f"{sum(line['examples'] for line in steps.values()):,}"))
     withheld = sum(not line["applied"] for line in steps.values())
     rows += [("updates withheld", f"{withheld:,}")] if withheld else []
     mean_of = "examples" if recipe.loss == "example_mean" else "answer tokens"
@@ -216,8 +224,6 @@ def _scored(score: Mapping[str, Any] | None) -> str:
 
 
 def _environment(starts: Sequence[Mapping[str, Any]]) -> str:
-    if not starts:
-        return ""
     last = starts[-1]
     layout = last.get("layout") or {}
     known = {**(last.get("code") or {}), **{key: layout[key] for key in ("processes", "train.engine") if key in layout}}

@@ -8,6 +8,7 @@ import huggingface_hub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from sft_dist.data.hub import client_failures
 from sft_dist.errors import ConfigError
 from sft_dist.redact import redacted
 
@@ -65,7 +66,7 @@ def _explained(repository: str, directory: Path, endpoint: str) -> Iterator[None
         said = " ".join(redacted(error.server_message or str(error)).split())[:200]
         mend = MENDS.get(status, "try again, or push the directory by hand")
         raise ConfigError(f"--push-to-hub {repository}: {endpoint} answers {status} ({said}); {mend}{stays}") from None
-    except OSError as error:  # no connection, and whatever the clients below make of it
+    except client_failures() as error:
         said = " ".join(redacted(str(error)).split())[:200]
         raise ConfigError(
             f"--push-to-hub {repository}: {endpoint} cannot be reached ({said}); check the network and HF_ENDPOINT"

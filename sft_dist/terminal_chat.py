@@ -18,7 +18,7 @@ from sft_dist.generate import Answerer, Sampling, Streamed
 
 HELP = """\
 /reset          forget the conversation; the system prompt stays
-/system TEXT    another system prompt, from the next answer on; without TEXT: none
+/system TEXT    another system prompt from the next answer on; none without TEXT
 /save FILE      append the conversation to FILE as a row that can be trained on
 /exit           leave, as Ctrl-D does; Ctrl-C stops an answer
 A turn that begins with a slash is typed with two: //etc"""
@@ -59,7 +59,7 @@ def run_chat(answerer: Answerer, *, name: str, system: str | None, sampling: Sam
         )
     talk = Talk(system)
     how = "greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature:g}, seed {sampling.seed}"
-    _note(f"{name}: {how}, up to {sampling.max_new_tokens} tokens an answer. /help lists commands, Ctrl-D leaves.")
+    _note(f"{name}: {how}, up to {sampling.max_new_tokens} tokens an answer\n/help lists commands, Ctrl-D leaves")
     for line in _lines():
         if line.startswith("/") and not line.startswith("//"):
             if not _obey(line, talk):

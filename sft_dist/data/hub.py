@@ -42,7 +42,7 @@ class HubSplit:
 
         try:
             found = huggingface_hub.hf_hub_download(self.path, file, repo_type="dataset", revision=self.commit)
-        except _failures() as error:
+        except client_failures() as error:
             raise DataError(f"{self.path}/{file}@{self.commit[:7]}: cannot be downloaded: {_reason(error)}") from None
         return Path(found)
 
@@ -101,7 +101,7 @@ def _ask_commit(path: str, revision: str | None) -> str:
         raise DataError(f"{neither}: the hub has none of this name, or it is private and needs a login") from None
     except errors.OfflineModeIsEnabled:
         raise DataError(f"{neither}: HF_HUB_OFFLINE is set, and it was not read here before") from None
-    except _failures() as error:
+    except client_failures() as error:
         hint = ""
         if _read_record(path, revision) is not None:
             hint = "; HF_HUB_OFFLINE=1 takes the version that was read here before"
@@ -117,7 +117,7 @@ def _ask_splits(path: str, commit: str) -> dict[str, list[str]]:
     odd_cards = (TypeError, KeyError, RuntimeError, yaml.YAMLError, datasets.exceptions.DatasetsError)
     try:
         builder = datasets.load_dataset_builder(path, revision=commit)
-    except (*_failures(), *odd_cards) as error:
+    except (*client_failures(), *odd_cards) as error:
         raise DataError(f"{path}: the splits of this hub data set cannot be found: {_reason(error)}") from None
     return {
         str(split): [_inside(url, path, commit) for url in urls]
@@ -161,7 +161,7 @@ def _write_record(path: str, revision: str | None, record: Mapping[str, Any]) ->
         raise DataError(f"{file}: cannot be written: {error.strerror}; set HF_HOME to a folder that can") from None
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def client_failures() -> tuple[type[Exception], ...]:
     """What the hub's client raises when it does not get through; its version decides on which library it is built."""
     return (OSError, ValueError, *(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules))
 

@@ -25,6 +25,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+MODEL_CARD = "README.md"
+"""Names the license of the model, which the card of an export repeats."""
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -36,7 +38,7 @@ def read_files(path: str | Path, revision: str | None) -> dict[str, bytes]:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = download(str(path), revision, TOKENIZER_FILES)
+        folder = download(str(path), revision, (*TOKENIZER_FILES, MODEL_CARD))
     try:
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     except OSError as error:
@@ -57,7 +59,7 @@ def fetch_model(path: str, revision: str | None, *, with_code: bool) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         code = ("*.py",) if with_code else ()
-        folder = download(path, revision, (*TOKENIZER_FILES, "*.json", "*.safetensors", *code))
+        folder = download(path, revision, (*TOKENIZER_FILES, MODEL_CARD, "*.json", "*.safetensors", *code))
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"{path}: no *.safetensors, which model.path must hold; make them with "

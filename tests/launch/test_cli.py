@@ -58,7 +58,7 @@ def test_generate_answers_from_an_export(
     answers = said(capsys, "chat", str(tmp_path / "runs" / "r"), "--max-new-tokens", "5").splitlines()
     assert answers[0] == first.rstrip("\n"), "a chat's first turn is the single answer"
     assert len(answers) == 2
-    assert cli.main(["generate", str(tmp_path)]) == 2
+    assert cli.main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "no model here" in capsys.readouterr().err
 
 

@@ -53,6 +53,7 @@ def test_evaluate_needs_held_out_data(tmp_path: Path, tied_model: Path, capsys: 
 def test_a_fetched_model_trains_without_a_network(tmp_path: Path, tied_model: Path) -> None:
     """prepare --with-model downloads once; training then asks nobody."""
     files = {path.name: path.read_bytes() for path in tied_model.iterdir()} | {"pytorch_model.bin": b"not needed"}
+    files["README.md"] = b"---\nlicense: apache-2.0\n---\nA tiny model."
     recipe = write_recipe(tmp_path, "org/tiny")
     with hub_server.serve({"models/org/tiny": {"main": files}}) as hub:
         environment = os.environ | {
@@ -73,6 +74,8 @@ def test_a_fetched_model_trains_without_a_network(tmp_path: Path, tied_model: Pa
         out = sft_dist(environment | {"HF_HUB_OFFLINE": "1"}, "train", str(recipe))
         assert "done: step 3" in out
         assert len(hub.requests) == num_requests
+    card = (tmp_path / "runs" / "r" / "model" / "README.md").read_text()
+    assert "base_model: org/tiny\nbase_model_relation: finetune\nlicense: apache-2.0\n" in card
 
 
 def test_a_model_without_safetensors_is_not_fetched(

@@ -1,11 +1,11 @@
 """`sft-dist export --push-to-hub`, from a process of its own to a hub on loopback, named by HF_ENDPOINT."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -20,9 +20,10 @@ from tests.unit.hub_uploads import READ_TOKEN, WRITE_TOKEN
 SERVED = """
 import contextlib, io, json, os, sys
 from sft_dist.cli import main
-from huggingface_hub import snapshot_download
+from huggingface_hub import close_session, snapshot_download
 for line in sys.stdin:
     asked = json.loads(line)
+    close_session()  # a connection that is kept open would outlive the hub
     os.environ.pop("HF_TOKEN", None)
     os.environ.update(asked["environment"])
     said = io.StringIO()
@@ -56,7 +57,7 @@ class Pusher:
         return json.loads(self._process.stdout.readline())
 
 
-@contextmanager
+@contextlib.contextmanager
 def pusher(run_dir: Path, url: str, home: Path) -> Iterator[Pusher]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))} | {
         "HF_ENDPOINT": url,
@@ -85,7 +86,9 @@ def test_a_push_arrives_byte_for_byte_and_what_goes_wrong_is_one_line(tmp_path: 
     stale = {"README.md": b"old", "model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b"old"}
     repositories = {"models/org/public": {"main": {**stale, "notes.txt": b"theirs"}}}
     everything = ""
-    with hub_uploads.serve(repositories) as (hub, uploads), pusher(run_dir, hub.url, tmp_path / "home") as hf:
+    with contextlib.ExitStack() as processes, contextlib.ExitStack() as served:
+        hub, uploads = served.enter_context(hub_uploads.serve(repositories))
+        hf = processes.enter_context(pusher(run_dir, hub.url, tmp_path / "home"))
 
         def refused(name: str, token: str | None, *flags: str) -> str:
             nonlocal everything
@@ -125,10 +128,11 @@ def test_a_push_arrives_byte_for_byte_and_what_goes_wrong_is_one_line(tmp_path: 
         assert code == 0, said
         expected = {**ours, "notes.txt": b"theirs"}
         assert dict(repositories["models/org/public"]["main"]) == expected, "no stale shard is left to be loaded"
-    with pusher(run_dir, "http://127.0.0.1:9", tmp_path / "home") as hf:
+
+        served.close()
         code, said = hf.push("org/clinic", WRITE_TOKEN)
         assert code == 2
-        assert "http://127.0.0.1:9 cannot be reached" in said
+        assert f"{hub.url} cannot be reached" in said
         assert f"the export stays in {run_dir / 'model'}" in said
         everything += said
     for token in (WRITE_TOKEN, READ_TOKEN, "x" * 30):

@@ -73,10 +73,11 @@ class _Handler(hub_server.Handler):
         name = f"models/{asked.get('organization') or 'me'}/{asked['name']}"
         url = f"{self.served.url}/{name.removeprefix('models/')}"
         if name in self.served.repositories:
-            self._fail(409, "", "You already created this model repo")
+            said = json.dumps({"error": "You already created this model repo", "url": url}).encode()
+            self._send(409, said, {"Content-Type": "application/json"})
             return
         self.served.repositories[name] = {"main": {}}
-        self.kept.private |= {name} if asked.get("private") else set()
+        self.kept.private |= {name} if asked.get("visibility") == "private" or asked.get("private") else set()
         self._send_json({"url": url, "name": name.removeprefix("models/"), "id": name.removeprefix("models/")})
 
     def _upload_of(self, wanted: dict[str, object]) -> dict[str, object]:
