@@ -1021,14 +1021,14 @@ MUTANTS = [
     # The planner.
     Mutant(
         "a plan leaves the optimizer's moments out of what is sharded",
-        "memory.py",
+        "memory_parts.py",
         '"moments": MOMENT_BYTES * (num_params if is_local else share)',
         '"moments": MOMENT_BYTES * num_params',
         "unit/test_memory.py::test_bytes_of_a_parameter_by_hand",
     ),
     Mutant(
         "a plan forgets that the last layer's MLP sees trained rows only",
-        "memory.py",
+        "memory_parts.py",
         "- on_responses * (tokens - responses) + last_norm",
         "+ last_norm",
         "unit/test_memory.py::test_activations_are_what_autograd_keeps",

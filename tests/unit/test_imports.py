@@ -15,7 +15,7 @@ PACKAGE = ROOT / "sft_dist"
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
 errors shape peaks redact run_files config console durable package_files quiet world
-machine accelerate_config known_models memory engine_choice
+machine accelerate_config known_models memory_parts memory engine_choice plan_machine
 submit
 commits run_record heartbeat rank_log hang watchdog
 demo.formulas demo.templates demo.dataset demo.model
