@@ -1,6 +1,6 @@
 """Which engine fits into the memory of these GPUs, before anything is loaded. Without torch.
 
-How much each needs is counted in memory.py; here is the one order and the one rule by which one is taken.
+How much each needs is counted in memory.py; here is the one order, and the one rule by which an engine is taken.
 """
 
 import json
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from sft_dist import package_files
 from sft_dist.config import Recipe
 from sft_dist.known_models import cached_file, find_config
-from sft_dist.memory import Buckets, Training, host_state_bytes, need, state_bytes
+from sft_dist.memory import need
+from sft_dist.memory_parts import Buckets, Training, host_state_bytes, state_bytes
 from sft_dist.shape import ModelShape
 
 STATE_SHARE = 0.7

@@ -40,8 +40,17 @@ def draw_plan(plan: Plan, path: Path) -> None:
     limit = plan.machine.memory_bytes / 1e9
     axes.axvline(limit, color="black", linewidth=1.5, linestyle="--", label=f"there is: {limit:.0f} GB")
     for index, (setting, total) in enumerate(zip(plan.settings, left, strict=True)):
-        mark = "" if setting.why_not else "  fits"
-        axes.annotate(f" {total:.1f}{mark}", (total, index), va="center", fontsize=8)
+        mark = "" if setting.why_not else ", fits"
+        axes.annotate(
+            f"{total:.1f}{mark}",
+            (total, index),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(*left, limit))
     axes.set_xlabel("GB of one process at its fullest moment, counted")

@@ -24,14 +24,26 @@ LOOKS = {
 }
 """Letter and colour of a part: a terminal without colours shows the letters."""
 
-HEADINGS = {"gradients": "grads", "activations": "activ.", "fragmentation": "frag."}
+SHORT = {
+    "weights": "wts",
+    "gradients": "grad",
+    "master": "mstr",
+    "moments": "mom",
+    "activations": "act",
+    "logits": "log",
+    "buffers": "buf",
+    "fragmentation": "frag",
+}
+"""Headings; wider terminals show whole names where they are not longer than numbers are wide."""
+
+WIDE = 100
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """All of it; nothing is wider than the console."""
     _print_lines(console, list(_facts(plan)))
     console.print()
-    console.print(_table(plan), highlight=False)
+    console.print(_table(plan, is_wide=console.width >= WIDE), highlight=False)
     console.print()
     for line in _bars(plan, console):
         console.print(line, no_wrap=True, overflow="crop")
@@ -60,22 +72,27 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "memory", f"GB (10^9 bytes) of one process at its fullest moment, counted, {measured}"
 
 
-def _table(plan: Plan) -> Table:
-    """A row for each engine and checkpointing mode; the recipe's own is marked."""
+def _table(plan: Plan, *, is_wide: bool) -> Table:
+    """A row for each engine and checkpointing mode."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("engine", no_wrap=True)
-    table.add_column("recomputes", no_wrap=True)
+    table.add_column("recomputes" if is_wide else "recomp.", no_wrap=True)
     for part in PARTS:
-        table.add_column(HEADINGS.get(part, part), justify="right", no_wrap=True)
+        heading = part if is_wide and len(part) <= 7 else SHORT[part]
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("total", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
     for setting in plan.settings:
-        parts = [f"{setting.need.device[part] / 1e9:.1f}" for part in PARTS]
-        style = "dim" if setting.why_not else ""
-        mark = "no" if setting.why_not else "fits"
-        row = [setting.engine, setting.checkpointing, *parts, f"{setting.need.device_bytes / 1e9:.1f}", mark]
-        table.add_row(*row, style=style)
+        parts = [_number(setting.need.device[part]) for part in PARTS]
+        total = f"{setting.need.device_bytes / 1e9:.1f}"
+        row = [setting.engine, setting.checkpointing, *parts, total, "no" if setting.why_not else "yes"]
+        table.add_row(*row, style="dim" if setting.why_not else "")
     return table
+
+
+def _number(size: int) -> str:
+    """GB in at most four characters, unless they are ten thousand."""
+    return f"{size / 1e9:.0f}" if size >= 99.95e9 else f"{size / 1e9:.1f}"
 
 
 def _bars(plan: Plan, console: Console) -> Iterator[Text]:
@@ -91,11 +108,13 @@ def _bars(plan: Plan, console: Console) -> Iterator[Text]:
         bar.append_text(_bar(setting, scale=scale, width=width, limit=limit, colours=colours))
         bar.append(f" {setting.need.device_bytes / 1e9:6.1f}")
         yield bar
-    legend = Text(" " * label)
-    for part, (letter, colour) in LOOKS.items():
-        legend.append("█ " if colours else f"{letter} ", style=colour)
-        legend.append(f"{part} ")
-    yield legend
+    for parts in (PARTS[:4], PARTS[4:]):
+        legend = Text(" " * label)
+        for part in parts:
+            letter, colour = LOOKS[part]
+            legend.append("█ " if colours else f"{letter} ", style=colour)
+            legend.append(f"{part}  ")
+        yield legend
 
 
 def _bar(setting: Setting, *, scale: float, width: int, limit: int, colours: bool) -> Text:

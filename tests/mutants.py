@@ -1130,6 +1130,35 @@ MUTANTS = [
         "somebody else is at work here; wait",
         "unit/test_troubleshooting.py",
     ),
+    # The planner.
+    Mutant(
+        "a plan leaves the optimizer's moments out of what is sharded",
+        "memory_parts.py",
+        '"moments": MOMENT_BYTES * (num_params if is_local else share)',
+        '"moments": MOMENT_BYTES * num_params',
+        "unit/test_memory.py::test_bytes_of_a_parameter_by_hand",
+    ),
+    Mutant(
+        "a plan forgets that the last layer's MLP sees trained rows only",
+        "memory_parts.py",
+        "- on_responses * (tokens - responses) + last_norm",
+        "+ last_norm",
+        "unit/test_memory.py::test_activations_are_what_autograd_keeps",
+    ),
+    Mutant(
+        "a plan takes a step for one pack that may be two",
+        "engine_choice.py",
+        "batch.tokens - 1 + longest if",
+        "batch.tokens if",
+        "unit/test_engine_choice.py::test_gradients_stay_as_they_are_only_where_a_step_is_one_pack_for_sure",
+    ),
+    Mutant(
+        "a plan and a launch use different shares of a card",
+        "plan.py",
+        "gpu_bytes=machine.memory_bytes / USABLE_SHARE",
+        "gpu_bytes=machine.memory_bytes",
+        "unit/test_plan.py::test_what_auto_is_in_the_plan_it_is_when_launched",
+    ),
 ]
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_dist import memory
-from sft_dist.memory import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, Training
+from sft_dist import memory_parts
+from sft_dist.memory_parts import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, Training
 from sft_dist.shape import ModelShape
 
 BF16_BYTES = 2
@@ -149,7 +149,7 @@ def plans(case: Case, *, state: float, room: float, dtype: str, modes: Sequence[
 def our_state_bytes(case: Case, *, dtype: str) -> float:
     """What engine/local.py keeps; with one pack a step, gradients stay in the dtype of the weights."""
     training = _training(case, tokens=case.pack_tokens, checkpointing="none", dtype=dtype)
-    return sum(memory.state_bytes(case.shape.num_params, training).values())
+    return sum(memory_parts.state_bytes(case.shape.num_params, training).values())
 
 
 def peer_state_bytes(case: Case, *, dtype: str) -> float:
@@ -161,8 +161,8 @@ def peer_state_bytes(case: Case, *, dtype: str) -> float:
 def activation_bytes(case: Case, *, tokens: int, checkpointing: str, dtype: str) -> float:
     """Activations and the head's own at the fullest moment, of uncompiled layers; every token may be trained."""
     training = _training(case, tokens=tokens, checkpointing=checkpointing, dtype=dtype)
-    kept, head = memory.activation_bytes(case.shape, training), memory.head_bytes(case.shape, training)
-    return kept + max(head, memory.layer_backward_bytes(case.shape, training))
+    kept, head = memory_parts.activation_bytes(case.shape, training), memory_parts.head_bytes(case.shape, training)
+    return kept + max(head, memory_parts.layer_backward_bytes(case.shape, training))
 
 
 def _training(case: Case, *, tokens: int, checkpointing: str, dtype: str) -> Training:

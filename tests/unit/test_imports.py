@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sft_dist"
 ORDER = """
 errors shape peaks redact run_files section evaluate_section config console durable package_files quiet freed_pages
 world environment
-machine accelerate_config known_models memory engine_choice
+machine accelerate_config known_models memory_parts memory engine_choice plan_machine
 submit
 commits run_record metrics metric_names wandb_process wandb_sync
 heartbeat rank_log hang watchdog

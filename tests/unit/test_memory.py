@@ -12,20 +12,18 @@ from sft_dist.config import ModelSection
 from sft_dist.data.batch import MicroBatch
 from sft_dist.engine.local import BUCKET_ELEMENTS, NORM_ELEMENTS
 from sft_dist.known_models import CONFIGS, find_config, known_config
-from sft_dist.memory import (
+from sft_dist.memory import PARTS, moments_of, need
+from sft_dist.memory_parts import (
     HEAD_CHUNK_BYTES,
     HEAD_LEAST_ROWS,
     LOCAL_BUCKET_ELEMENTS,
     NORM_BYTES,
-    PARTS,
     Buckets,
     Training,
     activation_bytes,
     buffer_bytes,
     host_state_bytes,
     layer_token_bytes,
-    moments_of,
-    need,
     state_bytes,
 )
 from sft_dist.model import loss

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sft_dist import cli
+from sft_dist import cli, plan_machine
 from sft_dist import launch as launch_module
-from sft_dist import plan as plan_module
 from sft_dist.config import Recipe, load_recipe
 from sft_dist.data.prepare import open_or_prepare
 from sft_dist.errors import ConfigError
 from sft_dist.launch import plan_launch
 from sft_dist.machine import Gpus
 from sft_dist.memory import PARTS
-from sft_dist.plan import MODES, Asked, make_plan, parse_gpus
+from sft_dist.plan import MODES, Asked, make_plan
+from sft_dist.plan_machine import parse_gpus
 from sft_dist.plan_report import print_plan, to_json
 from sft_dist.run_record import read_starts
 from tests import tiny
@@ -66,7 +66,7 @@ def test_what_auto_is_in_the_plan_it_is_when_launched(
     for count, gb in ((1, 24), (1, 48), (1, 80), (1, 141), (2, 80), (8, 24), (8, 80)):
         gpus = Gpus(count, gb * GB)
         monkeypatch.setattr(launch_module, "look_for_gpus", lambda gpus=gpus: gpus)
-        monkeypatch.setattr(plan_module, "look_for_gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(plan_machine, "look_for_gpus", lambda gpus=gpus: gpus)
         words = plan_launch(recipe, ["r.yaml"], launch_module.Asked()).words
         launched = words[words.index("--engine") + 1] if "--engine" in words else "single" if count == 1 else "ddp"
         assert make_plan(recipe, Asked()).own.engine == launched
@@ -91,8 +91,8 @@ def test_it_picks_the_fastest_that_fits_and_says_why_others_do_not(tmp_path: Pat
 
 
 def test_host_memory_of_this_machine_is_a_limit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "look_for_gpus", lambda: Gpus(1, 80 * GB))
-    monkeypatch.setattr(plan_module.psutil, "virtual_memory", lambda: type("M", (), {"total": 64 * GB}))
+    monkeypatch.setattr(plan_machine, "look_for_gpus", lambda: Gpus(1, 80 * GB))
+    monkeypatch.setattr(plan_machine.psutil, "virtual_memory", lambda: type("M", (), {"total": 64 * GB}))
     plan = make_plan(recipe_for(tmp_path), Asked())
     offloads = [setting for setting in plan.settings if setting.engine == "zero3_offload"]
     assert all("host memory: " in setting.why_not for setting in offloads)

@@ -9,7 +9,8 @@ from sft_dist import cli, package_files
 from sft_dist import launch as launch_module
 from sft_dist.config import load_recipe
 from sft_dist.machine import Gpus
-from sft_dist.plan import Asked, make_plan, parse_gpus
+from sft_dist.plan import Asked, make_plan
+from sft_dist.plan_machine import parse_gpus
 
 RECIPES = {path.stem: path for path in package_files.recipes() if path.stem != "demo"}
 VARIANTS = ("chat", "base")
