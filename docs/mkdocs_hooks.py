@@ -9,15 +9,18 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
-SHOWN = {".md", ".svg", ".png"}
+SHOWN = {".md", ".svg", ".png", ".css"}
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".json": "json", ".ipynb": "json"}
 # [text](target) and [text](target#heading); not those of other hosts, nor of the page itself.
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
+
+FETCHED = re.compile(r"<(?:script|img|iframe)\b[^>]*\bsrc=.?https?:|<link\b[^>]*\bhref=.?https?:")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -41,6 +44,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{link.group(1)}.md" if _is_source(source) else link.group()
 
     return LINK.sub(to_page, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that would fetch something from the network: links may lead there, pages must not need it."""
+    if found := FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri} fetches from the network: {found.group()}")
+    return output
 
 
 def _sources_of(page: str) -> set[str]:
