@@ -52,6 +52,7 @@ class NotRun:
 FRONT_DOORS = "tests/launch/test_front_doors.py::test_accelerate_torchrun_and_python_draw_one_curve"
 LAUNCHED = "tests/launch/test_signals.py::test_two_signals_to_the_launcher_save_once_and_it_returns_0"
 HOSTS = "tests/launch/test_hosts.py::test_a_signal_on_one_host_stops_both_and_another_launcher_goes_on"
+PUSHED = "tests/launch/test_push.py::test_a_push_arrives_byte_for_byte_and_what_goes_wrong_is_one_line"
 SUBMITTED = "tests/slurm/test_submit.py::test_prepare_train_evaluate"
 
 COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
@@ -65,6 +66,8 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
         "tests/launch/test_front_doors.py::test_the_wheel_runs_the_demo_from_an_empty_directory"
     ),
     "python -m pytest": Elsewhere("make test"),
+    "sft-dist doctor recipe.yaml": (Elsewhere("tests/unit/test_doctor.py::test_a_recipe_is_held_against_the_machine")),
+    "sft-dist plan recipe.yaml --gpus 8x80GB": Run("8x80GB"),
     "sft-dist lint recipe.yaml": Run("rows"),
     "sft-dist prepare recipe.yaml": Run("130 read, 130 kept"),
     "sft-dist inspect recipe.yaml": Run("<|e|>⟧"),
@@ -77,10 +80,51 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
     "sft-dist submit recipe.yaml --nodes 2 --gpus-per-node 8 --time 04:00:00": (
         Run("sbatch", also="--dry-run", by=SUBMITTED)
     ),
-    "sft-dist evaluate recipe.yaml": Run("perplexity"),
-    'sft-dist generate runs/clinic/model --system "You are a clinical calculator." '
-    '--prompt "Weight 70 kg, height 175 cm. BMI?"': Run(also="--max-new-tokens 5"),
+    "sft-dist evaluate recipe.yaml --before": Run("perplexity"),
+    'sft-dist chat runs/clinic --system "You are a clinical calculator."': (
+        Elsewhere("tests/launch/test_chat.py::test_a_conversation_in_a_terminal")
+    ),
+    "sft-dist generate runs/clinic --input rows.jsonl --output answers.jsonl": (
+        Run("20 rows answered", also="--max-new-tokens 3")
+    ),
+    "sft-dist export runs/clinic --average 3 --push-to-hub owner/clinic": Elsewhere(PUSHED),
     # ------------------------------------------------------------ pages
+    "sft-dist evaluate recipe.yaml": Run("perplexity"),
+    "sft-dist evaluate --compare runs/a runs/b": (
+        Elsewhere("tests/launch/test_evaluate_answers.py::test_two_evaluations_are_compared")
+    ),
+    "torchrun --standalone --nproc_per_node 8 -m sft_dist evaluate recipe.yaml": (
+        Elsewhere(
+            "tests/launch/test_evaluate_answers.py::test_two_processes_find_what_one_finds_and_a_killed_evaluation_goes_on"
+        )  # with two
+    ),
+    'sft-dist generate runs/clinic --system "You are a clinical calculator." '
+    '--prompt "Weight 70 kg, height 175 cm. BMI?"': Run(also="--max-new-tokens 5"),
+    "sft-dist generate runs/clinic --input rows.jsonl --output answers.jsonl --batch-size 32": (
+        Run("20 of them before", also="--max-new-tokens 3")
+    ),
+    "sft-dist export runs/clinic": Run("weights after step 6"),
+    "sft-dist export runs/clinic --checkpoint 200": (
+        Elsewhere(
+            "tests/unit/test_export.py::test_what_a_checkpoint_exports_is_byte_for_byte_what_the_end_of_the_run_did"
+        )
+    ),
+    "sft-dist export runs/clinic --average 3": (
+        Elsewhere("tests/unit/test_export.py::test_an_average_is_the_plain_mean_of_the_masters")
+    ),
+    "sft-dist export runs/clinic --dtype bf16 --output clinic-bf16": Run("clinic-bf16"),
+    "sft-dist export runs/clinic --push-to-hub owner/clinic --private": Elsewhere(PUSHED),
+    "sft-dist doctor": Elsewhere("tests/unit/test_doctor.py::test_two_processes_sum_and_train_three_steps"),
+    "sft-dist doctor recipe.yaml --quick": (
+        Elsewhere("tests/unit/test_doctor.py::test_a_recipe_is_held_against_the_machine")
+    ),
+    "sft-dist doctor --offline --json": (
+        Elsewhere("tests/unit/test_doctor.py::test_a_broken_machine_is_told_whole_and_ends_with_1")
+    ),
+    "sft-dist import theirs.yaml --gpus 8 -o recipe.yaml": Elsewhere("tests/unit/test_migrate.py"),
+    "sft-dist plan recipe.yaml": Run("this machine"),
+    "sft-dist plan qwen3-8b-8x80gb --gpus 8x80GB": Run("zero3"),
+    "sft-dist plan recipe.yaml --gpus 2x8xH100 --mfu 40 --tokens 50000000 --picture plan.svg": Run("plan.svg"),
     "sft-dist status runs/clinic": Run("finished"),
     "sft-dist checkpoints runs/clinic": Run("step-00000006"),
     "sft-dist inspect recipe.yaml --example 0": Run("example 0"),
@@ -157,10 +201,19 @@ def directory(tmp_path: Path, tied_model: Path, monkeypatch: pytest.MonkeyPatch)
     """What the pages take for granted: the recipe of the README, with a tiny model, and data beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for place, seed in {"data/train": 0, "data/held_out": 1, "a": 2, "folder/b": 3, "test": 4, "data": 5}.items():
+    for place, seed in {
+        "data/train": 0,
+        "data/held_out": 1,
+        "a": 2,
+        "folder/b": 3,
+        "test": 4,
+        "data": 5,
+        "rows": 6,
+    }.items():
         path = tmp_path / f"{place}.jsonl"
         path.parent.mkdir(exist_ok=True)
         tiny.write_chats(path, num_examples=130, seed=seed, longest=60)
+    (tmp_path / "rows.jsonl").write_text("".join((tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[:20]))
     recipe = yaml.safe_load(block_of_the_readme("yaml"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"model": {"path": str(tied_model)}}))
     return tmp_path
