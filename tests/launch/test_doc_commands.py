@@ -85,7 +85,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
         Elsewhere("tests/launch/test_chat.py::test_a_conversation_in_a_terminal")
     ),
     "sft-dist generate runs/clinic --input rows.jsonl --output answers.jsonl": (
-        Run("20 rows answered", also="--max-new-tokens 3")
+        Run("6 rows answered", also="--max-new-tokens 3")
     ),
     "sft-dist export runs/clinic --average 3 --push-to-hub owner/clinic": Elsewhere(PUSHED),
     # ------------------------------------------------------------ pages
@@ -101,7 +101,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
     'sft-dist generate runs/clinic --system "You are a clinical calculator." '
     '--prompt "Weight 70 kg, height 175 cm. BMI?"': Run(also="--max-new-tokens 5"),
     "sft-dist generate runs/clinic --input rows.jsonl --output answers.jsonl --batch-size 32": (
-        Run("20 of them before", also="--max-new-tokens 3")
+        Run("6 of them before", also="--max-new-tokens 3")
     ),
     "sft-dist export runs/clinic": Run("weights after step 6"),
     "sft-dist export runs/clinic --checkpoint 200": (
@@ -213,7 +213,7 @@ def directory(tmp_path: Path, tied_model: Path, monkeypatch: pytest.MonkeyPatch)
         path = tmp_path / f"{place}.jsonl"
         path.parent.mkdir(exist_ok=True)
         tiny.write_chats(path, num_examples=130, seed=seed, longest=60)
-    (tmp_path / "rows.jsonl").write_text("".join((tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[:20]))
+    (tmp_path / "rows.jsonl").write_text("".join((tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[:6]))
     recipe = yaml.safe_load(block_of_the_readme("yaml"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"model": {"path": str(tied_model)}}))
     return tmp_path
