@@ -27,6 +27,9 @@ from sft_dist.world import World
 BUCKET_ELEMENTS = 64 * 2**20
 """Gradients are reduced, and bf16 ones updated with, in buckets of about this many fp32 elements (256 MiB)."""
 
+NORM_ELEMENTS = 16 * 2**20
+"""torch copies what it takes a double-precision norm of: of an 8B model's whole embedding that would be 5 GB."""
+
 
 class LocalEngine:
     """Replicated data parallelism; with one process, plain training. Implements `Engine`."""
@@ -168,7 +171,8 @@ def _global_norm(grads: list[Tensor]) -> Tensor:
 
     torch's fp32 norm of one large tensor on a CPU is off by 1e-5 at a million elements and 1e-3 at thirty million.
     """
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    parts = [part for grad in grads for part in grad.reshape(-1).split(NORM_ELEMENTS)]
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
