@@ -41,6 +41,7 @@ from gpu.sides import NAMES, SIDES, Measured, Work, default_sides, layers_as_the
 from sft_dist.config import ModelSection
 from sft_dist.model.attention import choose_backend
 from sft_dist.model.load import compute_dtype
+from sft_dist.peaks import peak_flops
 from sft_dist.quiet import quiet_libraries
 
 SWEPT = ("compile", "checkpointing", "kernels")
@@ -94,7 +95,7 @@ def main() -> None:
     head = {
         "card": card,
         "memory_bytes": memory_of(device),
-        "peak_flops": models.peak_flops(card) if device.type == "cuda" else None,
+        "peak_flops": peak_flops(card) if device.type == "cuda" else None,
         "dtype": "bf16" if dtype == torch.bfloat16 else "fp32",
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "command": shlex.join(["python", "benchmarks/gpu_step.py", *sys.argv[1:]]),

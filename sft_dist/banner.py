@@ -53,6 +53,8 @@ def show_banner(
         "check": f"packed loss {agreement.packed_loss:.6f}, "
         f"the model's own document by document {agreement.own_loss:.6f}",
     }
+    if planned := job.planned_memory:
+        lines["memory"] = f"planned peak {sum(planned.values()) / 1e9:,.2f} GB a process, on its {job.device.type}"
     if job.held_out_store is not None:
         lines["held out"] = _held_out(job)
     if dropout := ", ".join(f"{key}={rate}" for key, rate in dropout_rates(job.model_config).items()):

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     _add_train(verbs)
+    _add_plan(verbs)
     _add_data_verbs(verbs)
     _add_other_verbs(verbs)
     return parser
@@ -143,6 +144,30 @@ def _add_submit(verbs: "Verbs") -> None:
     submit.add_argument("--no-prepare", action="store_true", help="the data and the model are there")
     submit.add_argument("--no-evaluate", action="store_true", help="no job that evaluates the model")
     submit.add_argument("--dry-run", action="store_true", help="print a script that submits the jobs instead")
+
+
+def _add_plan(verbs: "Verbs") -> None:
+    plan = _recipe_verb(
+        verbs, "plan", _plan, "memory by part for each engine, disk, steps and time, before anything is loaded"
+    )
+    text = "plan for 80GB, 4x80GB, 2x8x80GB (nodes x GPUs x memory), H100, 8xH100 (default: this machine)"
+    plan.add_argument("--gpus", metavar="G", help=text)
+    plan.add_argument("--processes", type=_count_from(1), metavar="N", help="processes on this machine")
+    plan.add_argument("--tokens", type=_count_from(1), metavar="N", help="tokens of an epoch, where no store says it")
+    plan.add_argument("--examples", type=_count_from(1), metavar="N", help="examples of an epoch")
+    rate = plan.add_mutually_exclusive_group()
+    rate.add_argument("--tokens-per-s", type=_positive, metavar="X", help="rate of all GPUs together")
+    rate.add_argument("--mfu", type=_positive, metavar="PERCENT", help="or: model FLOPs utilisation of a known card")
+    plan.add_argument("--picture", type=Path, metavar="FILE", help="also draw the bars, as .png or .svg (matplotlib)")
+    plan.add_argument("--json", action="store_true", help="print JSON instead")
+
+
+def _positive(text: str) -> float:
+    """Parses a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
 
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:
@@ -239,7 +264,7 @@ def _recipe_verb(
     text: str,
 ) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text)
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as qwen2.5-1.5b")
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as qwen2.5-1.5b-1x80gb")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.lr=1e-5 batch.pack_tokens=8192")
     parser.set_defaults(verb=verb)
     return parser
@@ -373,6 +398,29 @@ def _train(arguments: argparse.Namespace) -> int:
             else:
                 print(f"stopped on request after step {result.step}; the same command goes on from there")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from sft_dist.config import load_recipe
+    from sft_dist.console import make_console
+    from sft_dist.plan import Asked, make_plan
+    from sft_dist.plan_picture import draw_plan
+    from sft_dist.plan_report import print_plan, to_json
+
+    recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
+    asked = {
+        name: getattr(arguments, name) for name in ("gpus", "processes", "tokens", "examples", "tokens_per_s", "mfu")
+    }
+    plan = make_plan(recipe, Asked(**asked))
+    if arguments.picture:
+        draw_plan(plan, arguments.picture)
+    if arguments.json:
+        print(to_json(plan))
+    else:
+        print_plan(plan, make_console())
+        if arguments.picture:
+            print(f"picture: {arguments.picture}")
+    return 0 if plan.fastest is not None else 1
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:

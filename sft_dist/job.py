@@ -34,6 +34,7 @@ from sft_dist.model.load import (
     load_model,
     read_config,
 )
+from sft_dist.plan import planned_memory
 from sft_dist.run_files import CHECKPOINTS, METRICS, MODEL, RUN_JSON
 from sft_dist.run_record import read_starts
 from sft_dist.world import World, check_launcher_agrees, read_world
@@ -113,6 +114,20 @@ class Job:
             segment=Segment(0, self.store.fingerprint, self.draws),
             layout=checkpoint.layout_of(self.recipe, **found),
             code=package_files.code_identity(),
+        )
+
+    @property
+    def planned_memory(self) -> dict[str, int]:
+        """Bytes by part that a process will hold on its device, counted; empty for a model whose shape is not known."""
+        return planned_memory(
+            self.recipe,
+            self.model_config.to_dict(),
+            engine=self.engine_name,
+            num_processes=self.world.size,
+            dtype="fp32" if self.dtype == torch.float32 else "bf16",
+            device=self.device.type,
+            longest_example=self.store.max_length,
+            response_share=int(self.store.num_responses.sum()) / int(self.store.lengths.sum()),
         )
 
     def continuing(self, state: RunState) -> "Job":

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from sft_dist import package_files
 from sft_dist.accelerate_config import ONE, AccelerateConfig, default_path, read_accelerate_config
 from sft_dist.config import Recipe
-from sft_dist.engine_choice import EngineChoice, choose_engine, count_parameters
+from sft_dist.engine_choice import EngineChoice, choose_engine, count_parameters, find_shape
 from sft_dist.errors import ConfigError, RankLostError
 from sft_dist.machine import Gpus, Route, look_for_gpus, num_numa_nodes, require_free_port, route_to
 from sft_dist.run_files import LOCK, LOGS, STOP_FILE
@@ -191,11 +191,14 @@ def _engine_instead_of_auto(
     if own is not None and own.engine is not None:
         reason = f"train.engine=auto becomes {own.engine}: your accelerate config's deepspeed_config asks for it"
         return EngineChoice(own.engine, reason)
-    num_parameters = count_parameters(recipe.model.path, revision=recipe.model.revision) if gpus.count else None
-    if num_parameters is None:
+    if not gpus.count:
+        return None
+    size = find_shape(recipe, may_fetch=False)
+    found = size or count_parameters(recipe.model.path, revision=recipe.model.revision)
+    if found is None:
         return None
     dtype = "fp32" if recipe.model.dtype == "fp32" else "bf16"  # auto is bf16 on GPUs
-    return choose_engine(num_gpus=num_gpus, gpu_bytes=gpus.memory_bytes, num_parameters=num_parameters, dtype=dtype)
+    return choose_engine(recipe, num_gpus=num_gpus, gpu_bytes=gpus.memory_bytes, dtype=dtype, size=found)
 
 
 def hosts_from(asked: Asked, own: AccelerateConfig | None = None) -> Hosts | None:

@@ -17,16 +17,18 @@ from sft_dist.errors import BackendError, ConfigError
 ASK_TORCH = """
 import json, torch
 gpus = range(torch.cuda.device_count())
-print(json.dumps([torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus]))
+found = [torch.cuda.get_device_properties(gpu) for gpu in gpus]
+print(json.dumps([[gpu.total_memory, gpu.name] for gpu in found]))
 """
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs that a process started here sees. memory_bytes: of the smallest."""
+    """The GPUs that a process started here sees. memory_bytes, name: of the smallest."""
 
     count: int = 0
     memory_bytes: int = 0
+    name: str = ""
 
 
 def look_for_gpus(environ: Mapping[str, str] = os.environ) -> Gpus:
@@ -38,8 +40,8 @@ def look_for_gpus(environ: Mapping[str, str] = os.environ) -> Gpus:
     asked = subprocess.run([sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, env=environ)
     if asked.returncode:
         raise BackendError(f"torch does not start, so that GPUs cannot be counted: {asked.stderr.strip()[-500:]}")
-    sizes: list[int] = json.loads(asked.stdout.splitlines()[-1])
-    return Gpus(len(sizes), min(sizes, default=0))
+    found: list[tuple[int, str]] = [(size, name) for size, name in json.loads(asked.stdout.splitlines()[-1])]
+    return Gpus(len(found), *min(found, default=(0, "")))
 
 
 def num_numa_nodes(system: Path = Path("/sys/devices/system/node")) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,6 +73,14 @@ def record_start(
     replace_durably(run_dir / CONFIG, redacted(config))
     (run_dir / INTERRUPTED).unlink(missing_ok=True)
     return len(starts) + 1, bool(starts) and starts[-1].get("curve") != curve
+
+
+def amend_start(run_dir: Path, notes: Mapping[str, Any]) -> None:
+    """Add what is known by now of the newest start: on what it computes, and what was said before step 1."""
+    path = run_dir / RUN_JSON
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["starts"][-1] |= notes
+    replace_durably(path, redacted(json.dumps(record, indent=2)) + "\n")
 
 
 def record_end(run_dir: Path, *, interrupted_after: int | None, reason: str) -> None:

@@ -21,6 +21,9 @@ class ModelShape:
     vocabulary: int
     is_tied: bool
     """The output embedding is the input embedding."""
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+    """Queries and keys are normed, head by head."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape | None":
@@ -38,6 +41,8 @@ class ModelShape:
                 intermediate=config["intermediate_size"],
                 vocabulary=config["vocab_size"],
                 is_tied=bool(config.get("tie_word_embeddings", False)),
+                has_qkv_bias=config.get("model_type") == "qwen2" or bool(config.get("attention_bias", False)),
+                has_qk_norm=config.get("model_type") == "qwen3",
             )
         except (KeyError, TypeError, ZeroDivisionError):
             return None
@@ -48,13 +53,17 @@ class ModelShape:
         return self.num_heads * self.head_dim
 
     @property
+    def key_value_width(self) -> int:
+        """Hk * D."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
     def layer_matrices(self) -> tuple[tuple[int, int], ...]:
         """(inputs, outputs) of a layer's matrices: q, k, v, o, gate, up, down."""
-        key_value = self.num_key_value_heads * self.head_dim
         return (
             (self.hidden, self.attention_width),
-            (self.hidden, key_value),
-            (self.hidden, key_value),
+            (self.hidden, self.key_value_width),
+            (self.hidden, self.key_value_width),
             (self.attention_width, self.hidden),
             (self.hidden, self.intermediate),
             (self.hidden, self.intermediate),
@@ -75,6 +84,18 @@ class ModelShape:
     def num_params(self) -> int:
         """Elements of all matrices; the embedding counts once where it is tied."""
         return self.body_params + self.head_params * (1 if self.is_tied else 2)
+
+    @property
+    def vector_params(self) -> int:
+        """Elements of norms and biases, the last norm included."""
+        norms = 2 * self.hidden + 2 * self.head_dim * self.has_qk_norm
+        biases = (self.attention_width + 2 * self.key_value_width) * self.has_qkv_bias
+        return self.num_layers * (norms + biases) + self.hidden
+
+    @property
+    def all_params(self) -> int:
+        """Elements of everything that is trained."""
+        return self.num_params + self.vector_params
 
     def step_flops(self, *, tokens: int, responses: int, sum_squares: int) -> float:
         """FLOPs of forward and backward: 6*N_body*T + 6*N_head*R + 6*L*Hq*D*sum(len**2).

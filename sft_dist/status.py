@@ -242,7 +242,7 @@ def slow_ranks(forward_s: Mapping[int, float], *, imbalance: float) -> set[int]:
 # ---------------------------------------------------------------- metrics
 
 
-def _tail(path: Path) -> list[dict[str, Any]]:
+def read_tail(path: Path) -> list[dict[str, Any]]:
     """The newest lines of metrics.jsonl; torn and damaged ones are left out."""
     try:
         with path.open("rb") as file:
@@ -293,7 +293,7 @@ def _last(lines: Sequence[Mapping[str, Any]], event: str) -> Mapping[str, Any]:
 
 def _status(run_dir: Path, seen: Sequence[Seen], now: float) -> RunStatus:
     starts, damage = _starts(run_dir)
-    lines = _tail(run_dir / METRICS)
+    lines = read_tail(run_dir / METRICS)
     last_start = starts[-1] if starts else {}
     of_start = [line for line in lines if line.get("attempt") == last_start.get("attempt", 1)]
     pace, steps = _pace(of_start), [line for line in of_start if line["event"] == "step"]

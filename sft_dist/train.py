@@ -47,7 +47,7 @@ from sft_dist.profiling import profiled_steps
 from sft_dist.quiet import quiet_libraries
 from sft_dist.rank_log import flight_recorder_env, per_rank_log
 from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL
-from sft_dist.run_record import record_end, record_start
+from sft_dist.run_record import amend_start, record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
 from sft_dist.world import StopRequest, report_at_work
@@ -160,6 +160,7 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
 
     attempt, is_new_curve = on_main(record, world=world, device=job.device) or (0, False)
     if world.is_main:
+        amend_start(recipe.run.path, {"planned_memory": job.planned_memory})
         show_banner(console, job, model=engine.model, agreement=agreement, continuation=continuation, attempt=attempt)
     state = _train(
         engine,

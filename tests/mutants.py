@@ -442,9 +442,9 @@ MUTANTS = [
     Mutant(
         "an engine is chosen that leaves no room for activations",
         "engine_choice.py",
-        "if size <= room]",
-        "if size <= gpu_bytes]",
-        "unit/test_engine_choice.py::test_the_plainest_engine_that_fits",
+        "if needs[engine] <= room)",
+        "if needs[engine] <= gpu_bytes)",
+        "unit/test_engine_choice.py::test_the_plainest_engine_whose_state_leaves_room_for_activations",
     ),
     Mutant(
         "a name that means each host itself is taken for host 0",
@@ -1017,6 +1017,35 @@ MUTANTS = [
         '"data_types": {"grad_accum_dtype": "fp32"},',
         '"data_types": {"grad_accum_dtype": "bf16"},',
         "numerics/test_bf16.py::test_zero_adds_bf16_gradients_up_in_fp32[zero2-packs-example_mean-r103-accumulates-bf16-w2]",
+    ),
+    # The planner.
+    Mutant(
+        "a plan leaves the optimizer's moments out of what is sharded",
+        "memory_parts.py",
+        '"moments": MOMENT_BYTES * (num_params if is_local else share)',
+        '"moments": MOMENT_BYTES * num_params',
+        "unit/test_memory.py::test_bytes_of_a_parameter_by_hand",
+    ),
+    Mutant(
+        "a plan forgets that the last layer's MLP sees trained rows only",
+        "memory_parts.py",
+        "- on_responses * (tokens - responses) + last_norm",
+        "+ last_norm",
+        "unit/test_memory.py::test_activations_are_what_autograd_keeps",
+    ),
+    Mutant(
+        "a plan takes a step for one pack that may be two",
+        "engine_choice.py",
+        "batch.tokens - 1 + longest if",
+        "batch.tokens if",
+        "unit/test_engine_choice.py::test_gradients_stay_as_they_are_only_where_a_step_is_one_pack_for_sure",
+    ),
+    Mutant(
+        "a plan and a launch use different shares of a card",
+        "plan.py",
+        "gpu_bytes=machine.memory_bytes / USABLE_SHARE",
+        "gpu_bytes=machine.memory_bytes",
+        "unit/test_plan.py::test_what_auto_is_in_the_plan_it_is_when_launched",
     ),
 ]
 

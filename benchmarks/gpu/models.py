@@ -4,32 +4,18 @@ T = packed tokens, R = response tokens, S2 = sum of squared document lengths
 L = layers, H = hidden size, Hq/Hk = query/key heads, D = head dimension, I = intermediate size, V = vocabulary
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_dist.engine_choice import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, state_bytes
+from sft_dist import memory_parts
+from sft_dist.memory_parts import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, Training
 from sft_dist.shape import ModelShape
 
 BF16_BYTES = 2
 
-PEAK_FLOPS = (
-    (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
-    (r"H100|H200|H800|GH200", 989e12),
-    (r"B200", 2250e12),
-    (r"A100|A800", 312e12),
-    (r"L40S", 362e12),
-    (r"L40|RTX 6000 Ada", 181e12),
-)
-"""Dense bf16 FLOP/s by the vendor's data sheets; the first pattern that is in the card's name."""
-
 RESERVED_BYTES = 2 * 2**30
 """What CUDA, its libraries and a fragmented cache take of a card."""
-
-HEAD_CHUNK_BYTES = 2 * 2**30
-"""A chunk of the head: logits in bf16 and in fp32, and their gradient in bf16."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +115,6 @@ TINY = Case(
 )
 
 
-def peak_flops(card: str) -> float | None:
-    """Dense bf16 FLOP/s of a card by its name; None for one that is not in the table."""
-    return next((peak for pattern, peak in PEAK_FLOPS if re.search(pattern, card)), None)
-
-
 def mfu(flops: float, seconds: float, peak: float) -> float:
     """Model FLOPs utilisation: flops are those of `ModelShape.step_flops`, which leave recomputation out."""
     return flops / seconds / peak
@@ -167,10 +148,8 @@ def plans(case: Case, *, state: float, room: float, dtype: str, modes: Sequence[
 
 def our_state_bytes(case: Case, *, dtype: str) -> float:
     """What engine/local.py keeps; with one pack a step, gradients stay in the dtype of the weights."""
-    num_parameters = case.shape.num_params
-    state = state_bytes("single", num_gpus=1, num_parameters=num_parameters, dtype=dtype)
-    kept = (GRADIENT_BYTES - BF16_BYTES) * num_parameters
-    return state - kept if case.packs == 1 and dtype == "bf16" else state
+    training = _training(case, tokens=case.pack_tokens, checkpointing="none", dtype=dtype)
+    return sum(memory_parts.state_bytes(case.shape.num_params, training).values())
 
 
 def peer_state_bytes(case: Case, *, dtype: str) -> float:
@@ -180,23 +159,11 @@ def peer_state_bytes(case: Case, *, dtype: str) -> float:
 
 
 def activation_bytes(case: Case, *, tokens: int, checkpointing: str, dtype: str) -> float:
-    """An estimate of what is alive when the head has run, or when a layer is recomputed.
+    """Activations and the head's own at the fullest moment, of uncompiled layers; every token may be trained."""
+    training = _training(case, tokens=tokens, checkpointing=checkpointing, dtype=dtype)
+    kept, head = memory_parts.activation_bytes(case.shape, training), memory_parts.head_bytes(case.shape, training)
+    return kept + max(head, memory_parts.layer_backward_bytes(case.shape, training))
 
-    Of uncompiled layers: norms, which compute in fp32, over hidden states and in Qwen3 over q and k; q, k, v;
-    attention and its fp32 normaliser; the gated MLP.
-    """
-    shape = case.shape
-    size = BF16_BYTES if dtype == "bf16" else 4
-    upcast = 4 if dtype == "bf16" else 0
-    keys = shape.num_key_value_heads * shape.head_dim
-    normed = 2 * shape.hidden + (shape.attention_width + keys) * (case.config["model_type"] == "qwen3")
-    norms = normed * (2 * size + upcast)
-    attention = size * (2 * shape.attention_width + 2 * keys) + 4 * shape.num_heads
-    layer = norms + attention + 4 * size * shape.intermediate
-    kept = {
-        "none": layer * shape.num_layers,
-        "selective": (size * (shape.hidden + shape.attention_width) + 4 * shape.num_heads) * shape.num_layers + layer,
-        "full": size * shape.hidden * shape.num_layers + layer,
-    }[checkpointing]
-    head = shape.head_params * (4 + size) + HEAD_CHUNK_BYTES * (shape.vocabulary > 10_000)
-    return kept * tokens + head
+
+def _training(case: Case, *, tokens: int, checkpointing: str, dtype: str) -> Training:
+    return Training("single", 1, dtype, "cuda", checkpointing, tokens=tokens, responses=tokens, num_micros=case.packs)

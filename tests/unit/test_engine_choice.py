@@ -2,40 +2,35 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sft_dist import package_files
-from sft_dist.engine.local import BUCKET_ELEMENTS
-from sft_dist.engine_choice import (
-    DDP_BUCKET_BYTES,
-    ZERO3_LIVE_ELEMENTS,
-    ZERO_BUCKET_ELEMENTS,
-    choose_engine,
-    count_parameters,
-    state_bytes,
-)
+from sft_dist.config import Recipe, load_recipe
+from sft_dist.engine_choice import USABLE_SHARE, choose_engine, count_parameters, training_of
+from sft_dist.known_models import find_config
+from sft_dist.memory import need
+from sft_dist.shape import ModelShape
+from tests import tiny
 
 GB = 10**9
 
 
-def engine(*, num_gpus: int, gpu_gb: float, billions: float, dtype: str = "bf16") -> str | None:
-    choice = choose_engine(
-        num_gpus=num_gpus, gpu_bytes=int(gpu_gb * GB), num_parameters=int(billions * GB), dtype=dtype
-    )
-    return choice.engine if choice else None
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Packs of 4096 tokens, every activation kept."""
+    batch = {"examples": 8, "pack_tokens": 4096}
+    return load_recipe(tiny.write_recipe(tmp_path, "someone/model", data={"max_tokens": 4096}, batch=batch))
 
 
-def test_bytes_of_a_parameter_by_hand() -> None:
-    """weights + master + moments + gradient; fp32 weights are their own master."""
-    assert state_bytes("single", num_gpus=1, num_parameters=GB, dtype="bf16") == (2 + 4 + 8 + 4) * GB
-    assert state_bytes("single", num_gpus=1, num_parameters=GB, dtype="fp32") == (4 + 8 + 4) * GB
-    buckets = 2 * 200e6 * (2 + 4)
-    assert state_bytes("zero2", num_gpus=8, num_parameters=8 * GB, dtype="bf16") == 2 * 8e9 + 16 * 1e9 + buckets
-    assert state_bytes("zero3", num_gpus=8, num_parameters=8 * GB, dtype="bf16") == 18e9 + 2e9 + buckets
-    assert state_bytes("zero2_offload", num_gpus=1, num_parameters=GB, dtype="bf16") == 2e9 + buckets
+def shape_of(model: str) -> ModelShape:
+    config = find_config(model)
+    assert config is not None
+    shape = ModelShape.from_config(config)
+    assert shape is not None
+    return shape
 
 
 @pytest.mark.parametrize(
@@ -47,38 +42,65 @@ def test_bytes_of_a_parameter_by_hand() -> None:
         (1, 80, 8.0, "zero2_offload"),
         (1, 24, 14.0, "zero3_offload"),
         (8, 80, 1.5, None),
+        (8, 80, 6.0, "zero1"),
         (8, 80, 8.0, "zero2"),
         (8, 80, 20.0, "zero3"),
         (8, 80, 70.0, "zero3_offload"),
         (64, 80, 70.0, "zero3"),
     ],
 )
-def test_the_plainest_engine_that_fits(num_gpus: int, gpu_gb: float, billions: float, expected: str | None) -> None:
-    assert engine(num_gpus=num_gpus, gpu_gb=gpu_gb, billions=billions) == expected
+def test_the_plainest_engine_whose_state_leaves_room_for_activations(
+    recipe: Recipe, num_gpus: int, gpu_gb: float, billions: float, expected: str | None
+) -> None:
+    """Where the shape of the model is not known."""
+    choice = choose_engine(recipe, num_gpus=num_gpus, gpu_bytes=int(gpu_gb * GB), size=int(billions * GB), dtype="bf16")
+    assert (choice.engine if choice else None) == expected
 
 
-def test_more_gpus_never_need_more_memory_each() -> None:
-    for name in ("zero2", "zero3"):
-        sizes = [state_bytes(name, num_gpus=count, num_parameters=8 * GB, dtype="bf16") for count in (1, 2, 4, 8)]
-        assert sizes == sorted(sizes, reverse=True)
+@pytest.mark.parametrize("gpu_gb", [16, 24, 32, 48, 80, 141])
+@pytest.mark.parametrize("num_gpus", [1, 8])
+def test_of_a_known_shape_the_first_engine_that_fits_with_its_activations(
+    recipe: Recipe, num_gpus: int, gpu_gb: int
+) -> None:
+    shape = shape_of("Qwen/Qwen3-4B")
+    choice = choose_engine(recipe, num_gpus=num_gpus, gpu_bytes=gpu_gb * GB, size=shape, dtype="bf16")
+    spread = ["ddp", "zero1", "zero2", "zero3"] if num_gpus > 1 else ["single"]
+    order = [*spread, "zero2_offload", "zero3_offload"]
+    taken = choice.engine if choice else order[0]
+    for engine in order[: order.index(taken) + 1]:
+        training = training_of(recipe, engine=engine, num_processes=num_gpus, dtype="bf16")
+        fits = need(shape, training).device_bytes <= USABLE_SHARE * gpu_gb * GB
+        assert fits == (engine == taken) or taken == order[-1]
 
 
-def test_the_reason_has_both_numbers() -> None:
-    choice = choose_engine(num_gpus=1, gpu_bytes=24 * GB, num_parameters=int(1.5 * GB), dtype="bf16")
+def test_the_reason_has_both_numbers(recipe: Recipe) -> None:
+    choice = choose_engine(recipe, num_gpus=1, gpu_bytes=24 * GB, size=int(1.5 * GB), dtype="bf16")
     assert choice is not None
     assert choice.reason == (
         "train.engine=auto becomes zero2_offload: the state of 1.50 B parameters under single takes 27.0 GB, of which "
-        "a GPU of 24.0 GB has 16.8 GB beside activations; under zero2_offload it takes 5.4 GB, and host memory 27.0 GB "
+        "a GPU of 24.0 GB has 16.8 GB beside activations; under zero2_offload it takes 3.0 GB, and host memory 30.0 GB "
         "a process"
     )
 
 
-def test_the_constants_are_those_of_the_engines() -> None:
-    assert DDP_BUCKET_BYTES == 4 * BUCKET_ELEMENTS
-    for path in package_files.CONFIGS.glob("deepspeed/*.json"):
-        zero = json.loads(path.read_text())["zero_optimization"]
-        assert zero["reduce_bucket_size"] == ZERO_BUCKET_ELEMENTS
-        assert zero.get("stage3_max_live_parameters", ZERO3_LIVE_ELEMENTS) == ZERO3_LIVE_ELEMENTS
+@pytest.mark.parametrize(
+    ("batch", "is_one"),
+    [
+        ({"examples": 4, "pack_tokens": 400}, True),
+        ({"examples": 4, "pack_tokens": 399}, False),
+        ({"tokens": 301, "pack_tokens": 400}, True),  # the example that reaches 301 may come at 300
+        ({"tokens": 302, "pack_tokens": 400}, False),
+        ({"examples": 4, "pack_tokens": 400, "packing": False}, False),
+    ],
+)
+def test_gradients_stay_as_they_are_only_where_a_step_is_one_pack_for_sure(
+    tmp_path: Path, batch: dict[str, Any], is_one: bool
+) -> None:
+    path = tiny.write_recipe(tmp_path, "someone/model", data={"max_tokens": 100})
+    overrides = [f"batch={json.dumps(batch)}"]
+    alone = training_of(load_recipe(path, overrides), engine="single", num_processes=1, dtype="bf16")
+    assert (alone.num_micros == 1) == is_one
+    assert training_of(load_recipe(path, overrides), engine="ddp", num_processes=2, dtype="bf16").num_micros > 1
 
 
 def test_parameters_are_counted_without_reading_weights(tmp_path: Path, tied_model: Path) -> None:

@@ -298,14 +298,6 @@ def test_what_a_side_puts_into_the_models_module_is_taken_out_again() -> None:
     assert modeling_qwen3.Qwen3RMSNorm is before
 
 
-@pytest.mark.parametrize(
-    ("card", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("GeForce", None)],
-)
-def test_the_peak_is_that_of_the_card(card: str, peak: float | None) -> None:
-    assert models.peak_flops(card) == peak
-
-
 def test_a_card_that_is_not_in_the_table_is_measured_against_itself(tiny_run: tuple[dict[str, Any], str]) -> None:
     results, printed = tiny_run
     found = report.side_figures(results, "tiny", "ours")

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "sft_dist"
 
 # A file imports only files above it. `cli` is last and exempt.
 ORDER = """
-errors shape redact run_files config console durable package_files quiet freed_pages world
-machine accelerate_config engine_choice
+errors shape peaks redact run_files config console durable package_files quiet freed_pages world
+machine accelerate_config known_models memory_parts memory engine_choice plan_machine
 submit
 commits run_record heartbeat rank_log hang watchdog
 demo.formulas demo.templates demo.dataset demo.model
@@ -24,7 +24,7 @@ data.tokenizer_files data.template data.masks data.encoder data.control_tokens d
 data.store data.build data.prepare
 data.draws data.schedule data.steps
 data.shown
-status status_report
+status status_report plan plan_report plan_picture
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.inspect data.inspect_page
 -- torch below this line

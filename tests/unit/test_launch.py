@@ -278,7 +278,7 @@ def test_an_engine_is_chosen_only_when_the_recipe_leaves_it_open(
     too_small = Gpus(1, 10**6)
     plan, said = plan_notes(load_recipe(path, [f"model.path={tied_model}"]), monkeypatch, gpus=too_small)
     assert plan.words == ("r.yaml", "--engine", "zero3_offload")
-    assert "train.engine=auto becomes zero3_offload: the state of 0.00 B parameters under single takes" in said
+    assert "train.engine=auto becomes zero3_offload: a step of 0.00 B parameters under single takes" in said
     asked = load_recipe(path, [f"model.path={tied_model}", "train.engine=single"])
     plan, said = plan_notes(asked, monkeypatch, gpus=too_small)
     assert (plan.words, said) == (("r.yaml",), "")
