@@ -26,8 +26,8 @@ def test_config_prints_the_resolved_recipe(recipe: Path, capsys: pytest.CaptureF
     assert resolved["loss"] == "example_mean"
     run_dir = said(capsys, "config", str(recipe), "run.name=other", "--run-dir")
     assert run_dir == f"{recipe.parent}/runs/other\n"
-    assert "qwen3-8b" in said(capsys, "config", "--list")
-    assert yaml.safe_load(said(capsys, "config", "qwen3-8b"))["train"]["engine"] == "zero3"
+    assert "qwen3-8b-8x80gb" in said(capsys, "config", "--list")
+    assert yaml.safe_load(said(capsys, "config", "qwen3-8b-8x80gb"))["train"]["engine"] == "zero3"
     assert '"additionalProperties": false' in said(capsys, "config", "--schema")
 
 
