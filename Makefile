@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants bench bench-check bench-data bench-smoke bench-checkpoints faults faults-full soak soak-short slurm wheel clean
+.PHONY: demo test lint mutants bench bench-check bench-data bench-smoke bench-checkpoints plan-check faults faults-full soak soak-short slurm wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
@@ -63,6 +63,10 @@ bench-smoke: $(VENV)/installed
 # What saving and resuming cost, on 200 million parameters: half an hour of a quiet machine at most.
 bench-checkpoints: $(VENV)/installed
 	$(BIN)/python benchmarks/checkpoints.py
+
+# What `sft-dist plan` says of memory against what trainings take: half an hour of a quiet machine.
+plan-check: $(VENV)/installed
+	$(BIN)/python benchmarks/plan_check.py
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel
