@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sft_dist.memory_parts import (
-    GRADIENT_BYTES,
-    HEAD_LEAST_ROWS,
     Training,
     activation_bytes,
     buffer_bytes,
@@ -88,12 +86,8 @@ def moments_of(shape: ModelShape, training: Training) -> dict[str, dict[str, flo
     if is_cpu and training.saves_in_background:
         left = gradients if training.engine.endswith("_offload") or training.engine == "zero3" else 0
         found["saving"] = kept | {"gradients": left, "buffers": held + copy_bytes(num_params, training)}
-    in_heap = {name: _in_heap(shape, training, parts) for name, parts in found.items()}
-    heap = HEAP_GROWTH * max(in_heap["forward"], in_heap["backward"])
-    # Under ZeRO-3 every weight is read whole before its part is kept.
-    left_by_loading = 4 * num_params if training.engine.startswith("zero3") else 0
     for name, parts in found.items():
-        parts["fragmentation"] = _fragmentation(parts, in_heap[name], heap, left_by_loading, is_cpu)
+        parts["fragmentation"] = _holes(found, name, shape, training, held) if is_cpu else _cached(parts)
     return found
 
 
@@ -110,36 +104,30 @@ CPU_BYTES = 64e6
 """What libraries take when they first compute, and a training's own Python objects. Measured: docs/planning.md."""
 
 HEAP_GROWTH = 1.5
-"""glibc's heap over the most that is in it at a time: activations go while gradients come, and leave holes. Measured:
-docs/planning.md."""
-
-MAPPED_BYTES = 32 * 2**20
-"""Larger blocks are mapped by themselves and go back when they are freed; smaller ones stay in glibc's heap."""
+"""The heap over the most of it that comes and goes at a time: gradients come where activations were, and leave holes.
+Measured: docs/planning.md."""
 
 
-def _fragmentation(parts: Mapping[str, float], in_heap: float, heap: float, left_by_loading: float, cpu: bool) -> float:
-    """What the allocator holds beside what was asked for. in_heap: what of `parts` lies in glibc's heap of `heap`."""
-    if cpu:
-        return CPU_BYTES + left_by_loading + max(0.0, heap - in_heap)
+def _cached(parts: Mapping[str, float]) -> float:
+    """Of a GPU, what CUDA takes and torch's allocator keeps."""
     return CUDA_BYTES + CACHE_SHARE * sum(parts.get(part, 0) for part in PASSING)
 
 
-def _in_heap(shape: ModelShape, training: Training, parts: Mapping[str, float]) -> float:
-    """Of the activations, gradients and buffers of a moment, what is in blocks that glibc keeps when they are freed."""
-    size, tokens = training.weight_bytes, training.tokens
-    activations = parts.get("activations", 0)
-    if size * tokens * shape.intermediate > MAPPED_BYTES:
-        activations = max(0.0, activations - 4 * size * tokens * shape.intermediate * shape.num_layers)
-    if 4 * tokens * shape.hidden > MAPPED_BYTES:
-        activations = 0
-    gradients = 0.0
-    if GRADIENT_BYTES * shape.hidden * shape.intermediate <= MAPPED_BYTES and training.engine in HEAP_GRADIENTS:
-        embeddings = shape.num_params - shape.body_params
-        gradients = parts.get("gradients", 0) * (1 - embeddings / shape.all_params)
-    # DeepSpeed's own buckets are large blocks, what ZeRO-3 gathers are single weights.
-    gathered = buffer_bytes(shape.all_params, 0, training).get("forward", 0) if "activations" in parts else 0
-    chunk = min(training.responses, HEAD_LEAST_ROWS) * shape.vocabulary * 4 if "activations" in parts else 0
-    return activations + gradients + gathered + chunk * (chunk <= MAPPED_BYTES)
+def _holes(
+    found: Mapping[str, Mapping[str, float]], name: str, shape: ModelShape, training: Training, held: float
+) -> float:
+    """Of host memory, what has been freed by a moment and stays with the process (freed_pages.py)."""
+
+    def passing(moment: str) -> float:
+        if moment == "saving":
+            return 0.0
+        parts = found[moment]
+        gradients = parts["gradients"] if training.engine in HEAP_GRADIENTS else 0
+        return parts.get("activations", 0) + parts.get("logits", 0) + parts["buffers"] - held + gradients
+
+    # Under ZeRO-3 every weight is read whole before its part is kept.
+    left_by_loading = 4 * shape.all_params if training.engine.startswith("zero3") else 0
+    return CPU_BYTES + left_by_loading + HEAP_GROWTH * max(map(passing, found)) - passing(name)
 
 
 def _host(shape: ModelShape, training: Training) -> dict[str, int]:

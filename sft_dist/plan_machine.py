@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import psutil  # type: ignore[import-untyped]
 
+from sft_dist.engine_choice import USABLE_SHARE
 from sft_dist.errors import ConfigError
 from sft_dist.machine import look_for_gpus
 
@@ -86,7 +87,8 @@ def this_machine(*, processes: int | None = None) -> Machine:
     """The GPUs that are visible here, or else the CPU and its memory, shared by so many processes."""
     gpus, memory = look_for_gpus(), psutil.virtual_memory().total
     if gpus.count:
-        return Machine(1, processes or gpus.count, gpus.memory_bytes, "cuda", gpus.name or None, "this machine", memory)
+        usable, card = int(USABLE_SHARE * gpus.memory_bytes), gpus.name or None
+        return Machine(1, processes or gpus.count, usable, "cuda", card, "this machine", memory)
     count = processes or 1
     source = f"this machine's {memory / 1e9:.0f} GB of memory"
     return Machine(1, count, int(HOST_SHARE * memory / count), "cpu", None, source, memory)

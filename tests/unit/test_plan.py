@@ -24,11 +24,11 @@ from tests import tiny
 GB = 10**9
 
 
-def recipe_for(directory: Path, model: str = "Qwen/Qwen3-8B", **sections: dict[str, object]) -> Recipe:
+def recipe_for(directory: Path, model: str = "Qwen/Qwen3-8B", *overrides: str, **sections: dict[str, object]) -> Recipe:
     """64 examples a step, packs of 8192 tokens."""
     plain = {"data": {"max_tokens": 8192}, "batch": {"examples": 64, "pack_tokens": 8192}}
     merged = {key: plain.get(key, {}) | sections.get(key, {}) for key in {*plain, *sections}}
-    return load_recipe(tiny.write_recipe(directory, model, **merged))
+    return load_recipe(tiny.write_recipe(directory, model, **merged), overrides)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_auto_is_in_the_plan_it_is_when_launched(
     model: str, checkpointing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    recipe = recipe_for(tmp_path, model, model={"checkpointing": checkpointing})
+    recipe = recipe_for(tmp_path, model, f"model.checkpointing={checkpointing}")
     for count, gb in ((1, 24), (1, 48), (1, 80), (1, 141), (2, 80), (8, 24), (8, 80)):
         gpus = Gpus(count, gb * GB)
         monkeypatch.setattr(launch_module, "look_for_gpus", lambda gpus=gpus: gpus)
