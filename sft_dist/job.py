@@ -134,20 +134,6 @@ class Job:
             response_share=int(self.store.num_responses.sum()) / int(self.store.lengths.sum()),
         )
 
-    @property
-    def planned_memory(self) -> dict[str, int]:
-        """Bytes by part that a process will hold on its device, counted; empty for a model whose shape is not known."""
-        return planned_memory(
-            self.recipe,
-            self.model_config.to_dict(),
-            engine=self.engine_name,
-            num_processes=self.world.size,
-            dtype="fp32" if self.dtype == torch.float32 else "bf16",
-            device=self.device.type,
-            longest_example=self.store.max_length,
-            response_share=int(self.store.num_responses.sum()) / int(self.store.lengths.sum()),
-        )
-
     def continuing(self, state: RunState) -> "Job":
         """This job with the steps of the segment that `state` draws from. Raises CheckpointError behind the last."""
         after_step = state.segment.after_step

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "demo.ipynb"
@@ -72,10 +71,10 @@ def run(directory: Path) -> nbformat.NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=TIME_LIMIT_S,
+        startup_timeout=TIME_LIMIT_S,
         kernel_name="python3",
         resources={"metadata": {"path": str(directory)}},
         skip_cells_with_tag="skip-execution",
-        config=Config({"KernelManager": {"transport": "ipc"}}),  # nothing listens
     )
     return client.execute()
 

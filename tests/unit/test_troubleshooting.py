@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 ENTRIES = re.split(r"^### ", PAGE, flags=re.M)[1:]
-QUOTED = re.compile(r'"([^"]*…[^"]*)"')
+QUOTED = re.compile(r'"((?:[^"\n]|\n(?!\n))+)"')  # within a paragraph
 
 
 def said_by_the_program() -> str:
