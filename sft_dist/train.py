@@ -184,7 +184,7 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
         model_dir = _export(engine, job) if finished else None
     engine.close()
     watchdog.finish()
-    if world.is_main:
+    if world.is_main and recipe.run.report:
         write_report_apart(recipe.run.path, console)
     steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
     return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))

@@ -126,7 +126,7 @@ class Lab:
         if case.engine.startswith("zero"):
             train["deepspeed"] = str(tiny.write_zero_file(self.directory, case.engine))
         return {
-            "run": {"name": case.run_name, "dir": str(self.directory / "runs"), "seed": SEED},
+            "run": {"name": case.run_name, "dir": str(self.directory / "runs"), "seed": SEED, "report": False},
             "model": {"path": str(self.model_dir), "checkpointing": case.checkpointing, "dtype": case.dtype},
             "data": data,
             "batch": {"examples": EXAMPLES, "packing": case.pack_tokens is not None, "pack_tokens": case.pack_tokens},
