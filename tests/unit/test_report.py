@@ -137,9 +137,9 @@ def test_answers_are_of_many_tasks_and_of_first_and_last_steps(run: MadeRun) -> 
 
 def test_secrets_of_the_recipe_and_of_this_machine_stay_out(run: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "abracadabra")
-    config(run, "model: {path: 'https://ann:opensesame@host/m'}\ndata: {train: /x/abracadabra}\n")
     run.log_steps(1, 2)
     run.start(after_step=2, earlier_reason="cannot reach https://ann:opensesame@host")
+    config(run, "model: {path: 'https://ann:opensesame@host/m'}\ndata: {train: /x/abracadabra}\n")
     page = render_report(read_run(run.directory))
     assert "https://ann:***@host/m" in page
     assert "opensesame" not in page
