@@ -176,7 +176,7 @@ def test_curves_are_the_numbers_of_metrics_jsonl(
 ) -> None:
     """A point is where its step and value are, to the tenth of a unit of 1000 that is written."""
     last = {line["step"]: line[key] for line in reported.lines if line["event"] == event}
-    drawn = points(page, f"#{chart} path.{kind}")
+    drawn = points(page, f"#{chart} .plot path.{kind}")
     assert len(drawn) == len(last)
     assert page.evaluate(f"+document.querySelector('#{chart} .plot path.{kind}').dataset.count") == len(last)
     values = [math.log(value) if is_log else value for _, value in sorted(last.items())]
