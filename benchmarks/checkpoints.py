@@ -197,7 +197,7 @@ def write_model(directory: Path, shape: dict[str, int]) -> None:
 def measure(work: Path, engine: str, world_size: int, *, restore: Path | None, steps: int) -> dict[str, Any]:
     """Run the ranks of one engine and return what they measured."""
     recipe = {
-        "run": {"name": "b", "dir": str(work / "runs")},
+        "run": {"name": "b", "dir": str(work / "runs"), "report": False},
         "model": {"path": str(work / "model")},
         "data": {"train": "none.jsonl"},
         "batch": {"examples": world_size},

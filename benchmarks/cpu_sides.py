@@ -147,7 +147,7 @@ def run_ours(task: Task) -> Marks:
     job.open_or_prepare = timed_open
     recipe = parse_recipe(
         {
-            "run": {"name": "ours", "dir": task.directory},
+            "run": {"name": "ours", "dir": task.directory, "report": False},
             "model": {"path": task.model, "dtype": "fp32"},
             "data": {"train": task.rows, "max_tokens": MAX_TOKENS, "workers": 1},
             "batch": {"examples": task.examples, "pack_tokens": task.pack_tokens},

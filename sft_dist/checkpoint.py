@@ -301,7 +301,7 @@ def curve_of(recipe: Recipe, *, dtype: str, model: str) -> dict[str, Any]:
 
 def layout_of(recipe: Recipe, **found: Any) -> dict[str, Any]:
     """What does not decide the curve: the other keys of the recipe, and what was found on this machine."""
-    place = ("run.name", "run.dir", "model.dtype")
+    place = ("run.name", "run.dir", "run.report", "model.dtype")
     others = {key: value for key, value in _settings(recipe).items() if not _decides_the_curve(key)}
     return {key: value for key, value in others.items() if key not in place} | found
 

@@ -59,6 +59,7 @@ class RunSection(Section):
     name: Annotated[str, AfterValidator(_run_name)] = Field(description="the run's directory is dir/name")
     dir: Path = Field(Path("runs"), description="where runs live")
     seed: int = Field(0, ge=0, lt=2**31, description="seeds the draw order and every random number")
+    report: bool = Field(True, description="write report.html and curve.png into the run's directory when it ends")
 
     @property
     def path(self) -> Path:

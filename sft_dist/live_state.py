@@ -204,7 +204,7 @@ class Follower:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and "event" in record:
+            if isinstance(record, dict) and "event" in record and type(record.get("step")) is int:
                 yield record
 
 

@@ -43,6 +43,7 @@ class LiveTracker:
         self._due = 0.0
         self._closing = contextlib.ExitStack()
         self._live.start()
+        console.show_cursor(True)  # a process that is killed could not bring it back
         self._closing.enter_context(_logging_above())
         self._draw()
 

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ EVENTS = {
 
 def to_line(metrics: Metrics) -> dict[str, Any]:
     """The JSON object of a line; `event` tells the kinds apart."""
-    return {"event": EVENTS[type(metrics)]} | asdict(metrics)
+    # Fields are plain values: asdict, which copies them one by one, would take as long as all trackers together.
+    return {"event": EVENTS[type(metrics)]} | vars(metrics)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

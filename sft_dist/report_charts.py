@@ -7,7 +7,8 @@ from sft_dist.report_data import RunData
 from sft_dist.report_figures import Chart, Line, Mark, smoothed
 
 GIB = 2**30
-NUM_TASKS_A_CHART = 8
+NUM_TASKS_A_CHART = NUM_COLOURS = 8
+"""Lines that the page has colours for."""
 
 
 def marks_of(run: RunData) -> list[Mark]:
@@ -31,7 +32,8 @@ def held_out_label(name: str) -> str:
 def loss_chart(run: RunData) -> Chart:
     raw = run.series("loss")
     lines = [Line("each step", "raw", raw), Line("smoothed", "smooth", smoothed(raw))]
-    lines += [Line(held_out_label(name), "dots", series) for name, series in run.held_out().items()]
+    for number, (name, series) in enumerate(run.held_out().items(), start=1):
+        lines.append(Line(held_out_label(name), "dots" if number == 1 else f"dots-{1 + number % NUM_COLOURS}", series))
     objective = run.recipe.get("loss", "example_mean")
     first = 0 if any(len(series[0]) and series[0][0] == 0 for series in run.held_out().values()) else 1
     return Chart(

@@ -91,7 +91,7 @@ def environment_facts(run: RunData) -> dict[str, str]:
 
 def shown_starts(run: RunData) -> list[dict[str, str]]:
     rows = []
-    for start, before in zip(run.starts, (None, *run.starts[:-1]), strict=True):
+    for start, before in zip(run.starts, (None, *run.starts), strict=False):
         environment = start.get("environment") or {}
         layout = f", {environment['engine']} on {environment['world_size']}" if "engine" in environment else ""
         why = "" if before is None else str(before.get("ended") or "without a word (killed, or finished)")

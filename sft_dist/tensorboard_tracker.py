@@ -44,7 +44,8 @@ class TensorboardTracker:
             return
         try:
             for name, value in named_numbers(to_line(metrics), peak_flops=self._peak_flops).items():
-                self._writer.add_scalar(name, value, global_step=metrics.step, double_precision=True)
+                # The new style alone can hold a double.
+                self._writer.add_scalar(name, value, metrics.step, new_style=True, double_precision=True)
         except (OSError, ValueError) as error:  # ValueError: its file was closed under it
             self._give_up(str(error))
 

@@ -55,7 +55,7 @@ from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL
 from sft_dist.run_record import amend_start, record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
-from sft_dist.world import StopRequest, report_at_work
+from sft_dist.world import EXIT_CODES, StopRequest, report_at_work
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
         model_dir = _export(engine, job, state) if finished else None
     engine.close()
     watchdog.finish()
-    if world.is_main:
+    if world.is_main and recipe.run.report:
         write_report_apart(recipe.run.path, console)
     steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
     return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
@@ -197,7 +197,8 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
 def write_report_apart(run_dir: Path, console: Console) -> None:
     """Write report.html and curve.png. Best effort, in a process of its own: the run is done whatever comes of it."""
     command = [sys.executable, "-m", "sft_dist", "report", str(run_dir)]
-    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    # It is no rank, and its exit code is not rank 0's.
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", EXIT_CODES)}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=REPORT_TIMEOUT_S, env=environ)
     except (OSError, subprocess.TimeoutExpired) as error:

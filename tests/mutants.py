@@ -1019,6 +1019,7 @@ MUTANTS = [
         '"data_types": {"grad_accum_dtype": "bf16"},',
         "numerics/test_bf16.py::test_zero_adds_bf16_gradients_up_in_fp32[zero2-packs-example_mean-r103-accumulates-bf16-w2]",
     ),
+<<<<<<< HEAD
     # Evaluation.
     Mutant(
         "a unit that contradicts is taken for none",
@@ -1158,6 +1159,36 @@ MUTANTS = [
         "gpu_bytes=machine.memory_bytes / USABLE_SHARE",
         "gpu_bytes=machine.memory_bytes",
         "unit/test_plan.py::test_what_auto_is_in_the_plan_it_is_when_launched",
+=======
+    # ------------------------------------------------------------ the live view and the report
+    Mutant(
+        "a curve keeps the first value of each stretch instead of its extremes",
+        "report_figures.py",
+        "kept |= {int(first + values[first:last].argmin()), int(first + values[first:last].argmax())}",
+        "kept |= {int(first)}",
+        "unit/test_report.py::test_decimation_keeps_every_extreme_and_few_points",
+    ),
+    Mutant(
+        "the report counts what a later start went back behind",
+        "report_data.py",
+        'kept = {key: old for key, old in kept.items() if old["step"] <= after_step}',
+        "kept = dict(kept)",
+        "unit/test_report.py::test_what_a_later_start_went_back_behind_is_gone",
+    ),
+    Mutant(
+        "time left without saves and held-out losses",
+        "status.py",
+        "return Pace(step_s, step_s + besides_s / num_steps, tokens_per_s)",
+        "return Pace(step_s, step_s, tokens_per_s)",
+        "unit/test_live.py::test_the_view_says_what_the_lines_say",
+    ),
+    Mutant(
+        "log lines go straight to the terminal and are drawn over",
+        "live_tracker.py",
+        "moved.append((handler, handler.setStream(streams[handler.stream])))",
+        "moved.append((handler, None))",
+        "unit/test_live.py::test_what_is_said_meanwhile_stays_above_the_last_picture",
+>>>>>>> see
     ),
 ]
 

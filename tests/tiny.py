@@ -122,7 +122,7 @@ def write_recipe(
     if not chats.exists():
         write_chats(chats, num_examples=num_examples, seed=0, longest=60)
     recipe: dict[str, dict[str, Any]] = {
-        "run": {"name": name, "dir": str(directory / "runs")},
+        "run": {"name": name, "dir": str(directory / "runs"), "report": False},  # which takes seconds
         "model": {"path": str(model)},
         "data": {"train": str(chats), "max_tokens": 128},
         "batch": {"examples": 8},

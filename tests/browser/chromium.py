@@ -36,6 +36,40 @@ MOVE_PIPES = (
 )
 TIMEOUT_S = 30.0
 
+VARIANTS = [(1280, 900, "light"), (1280, 900, "dark"), (360, 740, "light"), (360, 740, "dark")]
+"""Width, height and colour scheme: desktop and phone."""
+
+# Elements that reach over the edge of the window, those in boxes that hide it too.
+OUTSIDE = """[...document.body.querySelectorAll('*')]
+    .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+    .map(e => e.outerHTML.slice(0, 80))"""
+
+# The least contrast of text to what is behind it (WCAG 2), and where. Backgrounds are opaque or absent.
+LEAST_CONTRAST = """(() => {
+    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const rgb = colour => {
+        canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
+    const behind = e => {
+        const colour = rgb(getComputedStyle(e).backgroundColor);
+        return colour[3] ? colour : behind(e.parentElement);
+    };
+    const holdsText = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+    let least = [99, ''], seen = new Set();
+    for (const e of document.body.querySelectorAll('*')) {
+        if (!holdsText(e) || !e.checkVisibility() || e.closest('svg')) continue;
+        const pair = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort((a, b) => b - a);
+        const contrast = (pair[0] + .05) / (pair[1] + .05);
+        for (const name of ['prompt', 'trained', 'ctl', 'gap', 'where', 'cut', 'axis'])
+            if (e.closest('.' + name)) seen.add(name);
+        if (contrast < least[0]) least = [contrast, e.outerHTML.slice(0, 80)];
+    }
+    return [...least, [...seen].sort()];
+})()"""
+
 
 @dataclass
 class Page:

@@ -21,11 +21,10 @@ from sft_dist.data.inspect_figures import Layout, causes, lay_out, length_bins
 from sft_dist.data.inspect_page import SAMPLE_TOKENS, write_page
 from sft_dist.data.inspect_sample import SMALLEST_GAP, Sample, pick_samples
 from sft_dist.data.store import TokenStore
-from tests.browser.chromium import BINARY, Page, chromium
+from tests.browser.chromium import BINARY, LEAST_CONTRAST, OUTSIDE, VARIANTS, Page, chromium
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no chromium here; `apt-get install chromium` gives one")
 
-VARIANTS = [(1280, 900, "light"), (1280, 900, "dark"), (360, 740, "light"), (360, 740, "dark")]
 MAX_TOKENS = 2000
 WORDS = "dose renal acute daily fever 12 40 mg blood pressure is of the and a with pain chest therapy review".split()
 BREAKOUT = (
@@ -123,38 +122,6 @@ def test_page_fits_is_silent_and_asks_for_nothing(
     assert browser.evaluate(OUTSIDE) == [], "nothing is cut off at the right"
     assert browser.requested() == [shown.path.as_uri()]
     assert browser.complaints() == []
-
-
-# Elements that reach over the edge of the window, those in boxes that hide it too.
-OUTSIDE = """[...document.body.querySelectorAll('*')]
-    .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
-    .map(e => e.outerHTML.slice(0, 80))"""
-
-# The least contrast of text to what is behind it (WCAG 2), and where. Backgrounds are opaque or absent.
-LEAST_CONTRAST = """(() => {
-    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-    const rgb = colour => {
-        canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-        return [...canvas.getImageData(0, 0, 1, 1).data];
-    };
-    const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-    const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
-    const behind = e => {
-        const colour = rgb(getComputedStyle(e).backgroundColor);
-        return colour[3] ? colour : behind(e.parentElement);
-    };
-    const holdsText = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
-    let least = [99, ''], seen = new Set();
-    for (const e of document.body.querySelectorAll('*')) {
-        if (!holdsText(e) || !e.checkVisibility() || e.closest('svg')) continue;
-        const pair = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort((a, b) => b - a);
-        const contrast = (pair[0] + .05) / (pair[1] + .05);
-        for (const name of ['prompt', 'trained', 'ctl', 'gap', 'where', 'cut', 'axis'])
-            if (e.closest('.' + name)) seen.add(name);
-        if (contrast < least[0]) least = [contrast, e.outerHTML.slice(0, 80)];
-    }
-    return [...least, [...seen].sort()];
-})()"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -218,7 +218,7 @@ class Lab:
         if engine.startswith("zero"):
             settings["deepspeed"] = str(tiny.write_zero_file(self.directory, engine))
         recipe = {
-            "run": {"name": f"{name}-{engine}", "dir": str(self.directory)},
+            "run": {"name": f"{name}-{engine}", "dir": str(self.directory), "report": False},
             "model": {"path": str(self.model)},
             "data": {
                 "train": str(self.directory / "train.jsonl"),

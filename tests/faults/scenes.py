@@ -257,7 +257,7 @@ class Stage:
         directory = at or self.directory / "runs"
         directory.mkdir(exist_ok=True)
         recipe = {
-            "run": {"name": name, "dir": str(directory), "seed": 3},
+            "run": {"name": name, "dir": str(directory), "seed": 3, "report": False},
             "model": {"path": str(self.model), "dtype": "fp32"},
             "data": {
                 "train": str(self.directory / "train.jsonl"),

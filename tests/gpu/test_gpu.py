@@ -68,7 +68,7 @@ def test_bf16_on_a_gpu_draws_the_fp32_curve(engine: str, tmp_path: Path) -> None
     for dtype in ("fp32", "bf16"):
         recipe = parse_recipe(
             {
-                "run": {"name": f"{engine}-{dtype}", "dir": str(tmp_path / "runs")},
+                "run": {"name": f"{engine}-{dtype}", "dir": str(tmp_path / "runs"), "report": False},
                 "model": {"path": str(path), "dtype": dtype},
                 "data": {"train": str(tmp_path / "d.jsonl"), "max_tokens": 1000},
                 "batch": {"examples": 32, "pack_tokens": 2048},

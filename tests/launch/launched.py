@@ -123,7 +123,7 @@ def launched(command: Sequence[str], directory: Path, model: Path) -> Iterator[L
     directory.mkdir(exist_ok=True)
     tiny.write_chats(directory / "train.jsonl", num_examples=40, seed=0, longest=60)
     raw = {
-        "run": {"name": "run", "dir": str(directory)},
+        "run": {"name": "run", "dir": str(directory), "report": False},
         "model": {"path": str(model)},
         "data": {"train": str(directory / "train.jsonl"), "max_tokens": 128},
         "batch": {"examples": 8},

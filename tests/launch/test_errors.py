@@ -26,7 +26,7 @@ def recipe(tmp_path: Path, tied_model: Path) -> Callable[..., Path]:
 
     def write(**sections: Any) -> Path:
         raw = {
-            "run": {"name": "r", "dir": str(tmp_path / "runs")},
+            "run": {"name": "r", "dir": str(tmp_path / "runs"), "report": False},
             "model": {"path": str(tied_model)},
             "data": {"train": str(tmp_path / "train.jsonl")},
             "batch": {"examples": 8},

@@ -31,7 +31,7 @@ def recipe(tmp_path: Path, tied_model: Path) -> Callable[[str, int], Path]:
 
     def write(name: str, steps: int) -> Path:
         raw = {
-            "run": {"name": name, "dir": str(tmp_path)},
+            "run": {"name": name, "dir": str(tmp_path), "report": False},
             "model": {"path": str(tied_model)},
             "data": {"train": str(tmp_path / "train.jsonl"), "max_tokens": 128},
             "batch": {"examples": 8},

@@ -128,7 +128,7 @@ class Lab:
             train["deepspeed"] = str(tiny.write_zero_file(self.directory, case.engine))
         answers = {"generate_every": case.eval_every, "generate_examples": 5, "batch_size": 2, "max_new_tokens": 12}
         return {
-            "run": {"name": case.run_name, "dir": str(self.directory / "runs"), "seed": SEED},
+            "run": {"name": case.run_name, "dir": str(self.directory / "runs"), "seed": SEED, "report": False},
             "model": {"path": str(self.model_dir), "checkpointing": case.checkpointing, "dtype": case.dtype},
             "data": data,
             "batch": {"examples": EXAMPLES, "packing": case.pack_tokens is not None, "pack_tokens": case.pack_tokens},

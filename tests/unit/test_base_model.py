@@ -59,7 +59,7 @@ def test_a_base_model_is_trained_exported_and_stops(base: Path, tmp_path: Path) 
     (tmp_path / "d.jsonl").write_text("".join(chats))
     recipe = parse_recipe(
         {
-            "run": {"name": "base", "dir": str(tmp_path / "runs")},
+            "run": {"name": "base", "dir": str(tmp_path / "runs"), "report": False},
             "model": {"path": str(base)},
             "data": {"train": str(tmp_path / "d.jsonl")},
             "batch": {"examples": 8},
