@@ -1019,7 +1019,6 @@ MUTANTS = [
         '"data_types": {"grad_accum_dtype": "bf16"},',
         "numerics/test_bf16.py::test_zero_adds_bf16_gradients_up_in_fp32[zero2-packs-example_mean-r103-accumulates-bf16-w2]",
     ),
-<<<<<<< HEAD
     # Evaluation.
     Mutant(
         "a unit that contradicts is taken for none",
@@ -1159,7 +1158,7 @@ MUTANTS = [
         "gpu_bytes=machine.memory_bytes / USABLE_SHARE",
         "gpu_bytes=machine.memory_bytes",
         "unit/test_plan.py::test_what_auto_is_in_the_plan_it_is_when_launched",
-=======
+    ),
     # ------------------------------------------------------------ the live view and the report
     Mutant(
         "a curve keeps the first value of each stretch instead of its extremes",
@@ -1188,7 +1187,6 @@ MUTANTS = [
         "moved.append((handler, handler.setStream(streams[handler.stream])))",
         "moved.append((handler, None))",
         "unit/test_live.py::test_what_is_said_meanwhile_stays_above_the_last_picture",
->>>>>>> see
     ),
 ]
 

@@ -80,6 +80,10 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
     "sft-dist submit recipe.yaml --nodes 2 --gpus-per-node 8 --time 04:00:00": (
         Run("sbatch", also="--dry-run", by=SUBMITTED)
     ),
+    "sft-dist status runs/clinic --watch": (
+        Elsewhere("tests/unit/test_live.py::test_watch_shows_a_run_of_another_process_and_ends_with_it")
+    ),
+    "sft-dist report runs/clinic runs/clinic-2 -o compare.html": Elsewhere("tests/unit/test_report.py"),
     "sft-dist evaluate recipe.yaml --before": Run("perplexity"),
     'sft-dist chat runs/clinic --system "You are a clinical calculator."': (
         Elsewhere("tests/launch/test_chat.py::test_a_conversation_in_a_terminal")
@@ -89,6 +93,8 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
     ),
     "sft-dist export runs/clinic --average 3 --push-to-hub owner/clinic": Elsewhere(PUSHED),
     # ------------------------------------------------------------ pages
+    "sft-dist report runs/clinic": Run("report.html"),
+    "sft-dist report runs/a runs/b runs/c -o compare.html": Elsewhere("tests/unit/test_report.py"),
     "sft-dist evaluate recipe.yaml": Run("perplexity"),
     "sft-dist evaluate --compare runs/a runs/b": (
         Elsewhere("tests/launch/test_evaluate_answers.py::test_two_evaluations_are_compared")
