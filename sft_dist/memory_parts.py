@@ -195,7 +195,7 @@ def activation_bytes(shape: ModelShape, training: Training) -> int:
     size, tokens, responses = training.weight_bytes, training.tokens, training.responses
     mode = training.checkpointing
     each = layer_token_bytes(shape, dtype=training.dtype, device=training.device, mode=mode)
-    last_norm = responses * (shape.hidden * (4 + 2 * size) + 4)
+    last_norm = responses * (shape.hidden * (4 + size) + 4)  # the head keeps none of its input
     if mode != "none":
         return each * tokens * shape.num_layers + last_norm
     on_responses = 4 * size * shape.intermediate + shape.hidden * (4 + 2 * size) + 4
