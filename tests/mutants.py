@@ -1125,9 +1125,9 @@ MUTANTS = [
     ),
     Mutant(
         "an error in other words than the troubleshooting page has",
-        "train.py",
-        "another process is training here; wait for it",
-        "somebody else is at work here; wait",
+        "loop.py",
+        "updates in a row were withheld, the last at step",
+        "updates were withheld one after the other, at last at step",
         "unit/test_troubleshooting.py",
     ),
     # The planner.
