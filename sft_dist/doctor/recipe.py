@@ -63,7 +63,7 @@ def _model(recipe: Recipe, needs: Needs, environ: Mapping[str, str]) -> Finding:
     folder = Path(path).expanduser()
     if needs.num_parameters is not None:
         where = "in its directory" if folder.is_dir() else "in the hub's cache"
-        return GROUP.ok("model", f"{path}: {needs.num_parameters / 1e9:,.2f} B parameters, {where}")
+        return GROUP.ok("model", f"{path}: {needs.num_parameters / 1e6:,.1f} M parameters, {where}")
     if folder.is_dir():
         missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
         what = f"no {', '.join(missing)}" if missing else "no weights (*.safetensors) that can be read"
