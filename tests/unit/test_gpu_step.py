@@ -26,8 +26,6 @@ from gpu.sides import (
     Measured,
     Work,
     layers_as_they_were,
-    our_recipe,
-    our_trainer,
     per_document_attention,
 )
 from transformers.modeling_utils import AttentionInterface
@@ -183,7 +181,7 @@ def test_a_plan_that_was_too_hopeful_recomputes_more(tmp_path: Path, monkeypatch
     [
         ("Qwen2.5-1.5B", H100, "none", True),
         ("Qwen3-4B", H200, "none", True),
-        ("Qwen3-8B", H200, "full", True),
+        ("Qwen3-8B", H200, "selective", True),
         ("Qwen3-8B", H100, "full", False),
     ],
 )
@@ -193,29 +191,6 @@ def test_the_plan_recomputes_no_more_than_the_card_asks_for(model: str, card: fl
     plans = models.plans(case, state=state, room=room, dtype="bf16", modes=("none", "selective", "full"))
     assert (plans[0].checkpointing, plans[0].total <= room) == (mode, fits)
     assert plans[-1].checkpointing == "full"
-
-
-def test_planned_activations_are_those_that_a_forward_keeps() -> None:
-    size = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 32}
-    case = replace(TINY, config=TINY.config | size | {"num_hidden_layers": 4}, pack_tokens=512, packs=1)
-    work, kept = work_on(case, dtype=torch.bfloat16), {}
-    micro = build_step(work.steps.store, work.steps.batches[0], rank=0, loss="token_mean", pack_tokens=512).micros[0]
-    held = []  # storages that are freed would be handed out, and counted, again
-
-    def note(saved: torch.Tensor) -> torch.Tensor:
-        held.append(saved)
-        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
-        return saved
-
-    with our_trainer(work, our_recipe(work, {"checkpointing": "none"})) as trainer:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-            trainer.engine(micro)
-        for parameter in trainer.engine.model.parameters():
-            kept.pop(parameter.untyped_storage().data_ptr(), None)
-    tokens = micro.input_ids.numel()
-    planned = models.activation_bytes(case, tokens=tokens, checkpointing="none", dtype="bf16")
-    # The loop over documents keeps attention's output twice, which the GPU's backends do not.
-    assert planned == pytest.approx(sum(kept.values()), rel=0.15)
 
 
 def test_syncs_are_counted_by_line() -> None:
