@@ -29,11 +29,12 @@ def examine(
     """Everything that was found. quick: without the trials. offline: without requests. say: told what is being done."""
     recipe, findings = _load(recipe_path, overrides)
     needs = needs_of(recipe) if recipe else Needs(None, None)
-    words = [str(recipe_path), *overrides] if recipe else []
+    is_here = needs.num_parameters is not None  # else its config cannot be asked; the recipe's group says so
+    words = [str(recipe_path), *overrides] if is_here else []
     say("versions, GPUs, attention")
     torch, training = ask_torch(), ask_training(words)
     num_gpus = sum("error" not in device for device in torch.facts.get("devices", []))
-    group = Group("recipe") if recipe else Group("attention")
+    group = Group("recipe") if is_here else Group("attention")
     findings += _safely("versions", check_versions(torch))
     gpus = list(_safely("GPUs", check_gpus(torch)))
     findings += gpus

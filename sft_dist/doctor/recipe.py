@@ -44,7 +44,8 @@ def needs_of(recipe: Recipe) -> Needs:
 
 def ask_training(words: Sequence[str]) -> Answer:
     """Attention that a run gets; its facts are those of `doctor.ask_training`. words: recipe and overrides."""
-    return ask_python("doctor.ask_training", *words, timeout_s=IMPORT_S)
+    environ = os.environ | {"HF_HUB_OFFLINE": "1"}  # the network has a group of its own
+    return ask_python("doctor.ask_training", *words, timeout_s=IMPORT_S, environ=environ)
 
 
 def check_recipe(recipe: Recipe, needs: Needs, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
