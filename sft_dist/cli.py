@@ -489,9 +489,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from sft_dist.config import load_recipe
     from sft_dist.console import make_console
-    from sft_dist.plan import Asked, make_plan
-    from sft_dist.plan_picture import draw_plan
-    from sft_dist.plan_report import print_plan, to_json
+    from sft_dist.plan.picture import draw_plan
+    from sft_dist.plan.planner import Asked, make_plan
+    from sft_dist.plan.report import print_plan, to_json
 
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
     asked = {
@@ -556,7 +556,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _watch(arguments: argparse.Namespace) -> int:
     from sft_dist.console import make_console
     from sft_dist.errors import ConfigError
-    from sft_dist.live_tracker import watch
+    from sft_dist.live.tracker import watch
     from sft_dist.status import runs_at
 
     runs = runs_at(arguments.run)
@@ -567,7 +567,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from sft_dist.report import write_report
+    from sft_dist.report.pages import write_report
 
     print("\n".join(write_report(arguments.runs, output=arguments.output)))
     return 0
@@ -755,7 +755,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from sft_dist.errors import ConfigError
 
     if arguments.compare is not None:
-        from sft_dist.comparison import compare, print_comparison
+        from sft_dist.evaluation.comparison import compare, print_comparison
 
         if arguments.recipe is not None:
             raise ConfigError(f"{arguments.recipe}: --compare reads answers that are there and takes no recipe")
@@ -770,7 +770,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(_recipe_path(arguments.recipe), arguments.overrides)
 
     from sft_dist.engine.collectives import leave_process_group
-    from sft_dist.evaluation_report import print_evaluation
+    from sft_dist.evaluation.report import print_evaluation
     from sft_dist.measure import evaluate_run
 
     try:

@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_dist import package_files
-from sft_dist.answers import ANSWERS, read_scored
 from sft_dist.config import Recipe, load_recipe
 from sft_dist.console import make_console
 from sft_dist.demo.dataset import (
@@ -28,6 +27,7 @@ from sft_dist.demo.dataset import (
 )
 from sft_dist.demo.model import NUM_TOKENIZER_EXAMPLES, build_model, build_tokenizer
 from sft_dist.errors import ConfigError
+from sft_dist.evaluation.answers import ANSWERS, read_scored
 from sft_dist.metrics import read_held_out, read_steps
 from sft_dist.quiet import quiet_libraries
 from sft_dist.world import num_cores

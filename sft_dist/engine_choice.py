@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from sft_dist import package_files
 from sft_dist.config import Recipe
-from sft_dist.known_models import cached_file, find_config
-from sft_dist.memory import need
-from sft_dist.memory_parts import Buckets, Training, host_state_bytes, state_bytes
+from sft_dist.plan.known_models import cached_file, find_config
+from sft_dist.plan.memory import need
+from sft_dist.plan.memory_parts import Buckets, Training, host_state_bytes, state_bytes
 from sft_dist.shape import ModelShape
 
 STATE_SHARE = 0.7

@@ -10,7 +10,6 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from sft_dist import checkpoint, commits, package_files
-from sft_dist.answers import require_scorable
 from sft_dist.commits import RunState, Segment
 from sft_dist.config import Recipe
 from sft_dist.data.batch import MicroBatch, build_micro_batch, token_weights
@@ -24,6 +23,7 @@ from sft_dist.data.store import TokenStore
 from sft_dist.engine.collectives import choose_device
 from sft_dist.engine.start import resolve_engine, zero_knobs
 from sft_dist.errors import CheckpointError, ConfigError
+from sft_dist.evaluation.answers import require_scorable
 from sft_dist.metrics import last_commit
 from sft_dist.model.attention import Backend, choose_backend
 from sft_dist.model.load import (
@@ -36,7 +36,7 @@ from sft_dist.model.load import (
     num_positions,
     read_config,
 )
-from sft_dist.plan import planned_memory
+from sft_dist.plan.planner import planned_memory
 from sft_dist.run_files import CHECKPOINTS, METRICS, MODEL, RUN_JSON
 from sft_dist.run_record import read_starts
 from sft_dist.world import World, check_launcher_agrees, read_world

@@ -13,15 +13,6 @@ from rich.console import Console
 from torch import Tensor
 
 from sft_dist.answering import answer_all
-from sft_dist.answers import (
-    ANSWERS,
-    AnswerLog,
-    Scored,
-    fingerprint_answers,
-    require_scorable,
-    score_answers,
-    write_scored,
-)
 from sft_dist.config import ModelSection, Recipe
 from sft_dist.data.batch import MicroBatch
 from sft_dist.data.chat import ChatTokenizer
@@ -34,14 +25,23 @@ from sft_dist.durable import replace_durably
 from sft_dist.engine.collectives import choose_device, gather_texts, join_process_group, on_main, require_agreement
 from sft_dist.errors import ConfigError
 from sft_dist.evaluate import HeldOutSet
-from sft_dist.evaluation import Evaluation, Losses, SetResult
+from sft_dist.evaluation.answers import (
+    ANSWERS,
+    AnswerLog,
+    Scored,
+    fingerprint_answers,
+    require_scorable,
+    score_answers,
+    write_scored,
+)
+from sft_dist.evaluation.record import Evaluation, Losses, SetResult
+from sft_dist.evaluation.task_scores import task_scores, worst_answers
 from sft_dist.generate import Answerer, Sampling
 from sft_dist.model.answering import as_answering
 from sft_dist.model.attention import choose_backend
 from sft_dist.model.load import PackedModel, compute_dtype, dropout_rates, load_model, num_positions, read_config
 from sft_dist.quiet import quiet_libraries
 from sft_dist.run_files import EVALUATION, MODEL
-from sft_dist.task_scores import task_scores, worst_answers
 from sft_dist.world import World, read_world
 
 LINE_EVERY_S = 15.0

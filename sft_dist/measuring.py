@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sft_dist.answering import answer_all
-from sft_dist.answers import score_answers, step_file, write_scored
 from sft_dist.commits import RunState
 from sft_dist.config import Recipe
 from sft_dist.data.chat import ChatTokenizer
@@ -20,10 +19,11 @@ from sft_dist.engine.collectives import on_main
 from sft_dist.engine.interface import Engine
 from sft_dist.evaluate import HeldOutSet
 from sft_dist.evaluate_section import Best
+from sft_dist.evaluation.answers import score_answers, step_file, write_scored
+from sft_dist.evaluation.task_scores import TaskScore, mean_score, task_scores
 from sft_dist.generate import Answerer, Sampling
 from sft_dist.metrics import HeldOutMetrics, ScoreMetrics
 from sft_dist.model.answering import as_answering
-from sft_dist.task_scores import TaskScore, mean_score, task_scores
 from sft_dist.trackers import Trackers
 from sft_dist.watchdog import Watchdog
 

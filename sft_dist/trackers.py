@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sft_dist.config import Recipe
 from sft_dist.environment import all_peak_flops
-from sft_dist.live_tracker import LiveTracker, can_be_live
+from sft_dist.live.tracker import LiveTracker, can_be_live
 from sft_dist.metrics import (
     ChangeMetrics,
     CommitMetrics,

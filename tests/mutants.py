@@ -1133,14 +1133,14 @@ MUTANTS = [
     # The planner.
     Mutant(
         "a plan leaves the optimizer's moments out of what is sharded",
-        "memory_parts.py",
+        "plan/memory_parts.py",
         '"moments": MOMENT_BYTES * (num_params if is_local else share)',
         '"moments": MOMENT_BYTES * num_params',
         "unit/test_memory.py::test_bytes_of_a_parameter_by_hand",
     ),
     Mutant(
         "a plan forgets that the last layer's MLP sees trained rows only",
-        "memory_parts.py",
+        "plan/memory_parts.py",
         "- on_responses * (tokens - responses) + last_norm",
         "+ last_norm",
         "unit/test_memory.py::test_activations_are_what_autograd_keeps",
@@ -1154,7 +1154,7 @@ MUTANTS = [
     ),
     Mutant(
         "a plan and a launch use different shares of a card",
-        "plan.py",
+        "plan/planner.py",
         "gpu_bytes=machine.memory_bytes / USABLE_SHARE",
         "gpu_bytes=machine.memory_bytes",
         "unit/test_plan.py::test_what_auto_is_in_the_plan_it_is_when_launched",
@@ -1162,14 +1162,14 @@ MUTANTS = [
     # ------------------------------------------------------------ the live view and the report
     Mutant(
         "a curve keeps the first value of each stretch instead of its extremes",
-        "report_figures.py",
+        "report/figures.py",
         "kept |= {int(first + values[first:last].argmin()), int(first + values[first:last].argmax())}",
         "kept |= {int(first)}",
         "unit/test_report.py::test_decimation_keeps_every_extreme_and_few_points",
     ),
     Mutant(
         "the report counts what a later start went back behind",
-        "report_data.py",
+        "report/data.py",
         'kept = {key: old for key, old in kept.items() if old["step"] <= after_step}',
         "kept = dict(kept)",
         "unit/test_report.py::test_what_a_later_start_went_back_behind_is_gone",
@@ -1183,7 +1183,7 @@ MUTANTS = [
     ),
     Mutant(
         "log lines go straight to the terminal and are drawn over",
-        "live_tracker.py",
+        "live/tracker.py",
         "moved.append((handler, handler.setStream(streams[handler.stream])))",
         "moved.append((handler, None))",
         "unit/test_live.py::test_what_is_said_meanwhile_stays_above_the_last_picture",

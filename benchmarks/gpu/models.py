@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_dist import memory_parts
-from sft_dist.memory_parts import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, Training
+from sft_dist.plan import memory_parts
+from sft_dist.plan.memory_parts import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, Training
 from sft_dist.shape import ModelShape
 
 BF16_BYTES = 2

@@ -17,7 +17,7 @@ from rich.console import Console
 from sft_dist.config import load_recipe
 from sft_dist.job import ResumeOptions
 from sft_dist.metrics import read_lines
-from sft_dist.report import write_report
+from sft_dist.report.pages import write_report
 from sft_dist.train import run
 from tests import tiny
 from tests.browser.chromium import BINARY, LEAST_CONTRAST, OUTSIDE, VARIANTS, Page, chromium

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sft_dist import cli
-from sft_dist.answers import read_scored
+from sft_dist.evaluation.answers import read_scored
 from sft_dist.metrics import read_held_out, read_lines
 from tests import tiny
 

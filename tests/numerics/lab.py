@@ -11,8 +11,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from sft_dist.answers import read_scored, step_file
 from sft_dist.data.schedule import Schedule
+from sft_dist.evaluation.answers import read_scored, step_file
 from sft_dist.metrics import read_held_out, read_steps
 from tests import tiny
 from tests.numerics import reference

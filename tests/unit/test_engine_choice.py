@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from sft_dist.config import Recipe, load_recipe
 from sft_dist.engine_choice import USABLE_SHARE, choose_engine, count_parameters, training_of
-from sft_dist.known_models import find_config
-from sft_dist.memory import need
+from sft_dist.plan.known_models import find_config
+from sft_dist.plan.memory import need
 from sft_dist.shape import ModelShape
 from tests import tiny
 

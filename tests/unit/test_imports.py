@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sft_dist"
 ORDER = """
 errors shape peaks redact run_files section evaluate_section config console durable package_files quiet freed_pages
 world environment
-machine accelerate_config known_models memory_parts memory engine_choice plan_machine
+machine accelerate_config plan.known_models plan.memory_parts plan.memory engine_choice plan.machine
 submit
 commits run_record metrics metric_names wandb_process wandb_sync
 heartbeat rank_log hang watchdog
@@ -29,13 +29,12 @@ data.tokenizer_files data.template data.masks data.encoder data.control_tokens d
 data.store data.build data.prepare
 data.draws data.schedule data.steps data.held_out data.questions
 data.shown
-answers task_scores evaluation evaluation_report comparison
-status status_report live_state live_view live_tracker tensorboard_tracker trackers
-plan plan_report plan_picture
+evaluation.answers evaluation.task_scores evaluation.record evaluation.report evaluation.comparison
+status status_report live.state live.view live.tracker tensorboard_tracker trackers
+plan.planner plan.report plan.picture
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.store_note data.inspect data.page_template data.inspect_page
-report_data report_figures report_numbers report_charts report_evaluation report_parts report_png report
-data.inspect_sample data.inspect_figures data.inspect data.inspect_page
+report.data report.figures report.numbers report.charts report.evaluation report.parts report.png report.pages
 migrate.ledger migrate.shared migrate.schedule migrate.trainer migrate.trl migrate.llamafactory
 migrate.axolotl_data migrate.axolotl migrate.convert migrate.report
 -- torch below this line

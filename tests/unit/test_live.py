@@ -17,9 +17,9 @@ import pytest
 from rich.console import Console
 
 from sft_dist.errors import ConfigError
-from sft_dist.live_state import MAX_BINS, Curve, Follower, LiveState
-from sft_dist.live_tracker import LiveTracker, can_be_live, watch
-from sft_dist.live_view import LiveView, flops_text, sparkline
+from sft_dist.live.state import MAX_BINS, Curve, Follower, LiveState
+from sft_dist.live.tracker import LiveTracker, can_be_live, watch
+from sft_dist.live.view import LiveView, flops_text, sparkline
 from sft_dist.metrics import CommitMetrics, HeldOutMetrics, to_line
 from sft_dist.run_record import read_starts
 from sft_dist.trackers import ConsoleTracker
@@ -157,7 +157,7 @@ def test_drawing_is_throttled_to_a_small_share_of_the_time(tmp_path: Path, monke
     now = [100.0]
     drawn = []
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    monkeypatch.setattr("sft_dist.live_tracker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sft_dist.live.tracker.time.monotonic", lambda: now[0])
     tracker = LiveTracker(console, run.directory, done=0)
     render = tracker._live.update
 
@@ -180,7 +180,7 @@ import logging, sys, time, warnings
 from pathlib import Path
 logging.basicConfig(level=logging.WARNING, handlers=[logging.StreamHandler(sys.stderr)])
 from sft_dist.console import make_console
-from sft_dist.live_tracker import LiveTracker
+from sft_dist.live.tracker import LiveTracker
 from sft_dist.metrics import HeldOutMetrics
 from tests.unit.test_status import step_line
 tracker = LiveTracker(make_console(), Path(sys.argv[1]), done=0)

@@ -11,9 +11,12 @@ from sft_dist import package_files
 from sft_dist.config import ModelSection
 from sft_dist.data.batch import MicroBatch
 from sft_dist.engine.local import BUCKET_ELEMENTS, NORM_ELEMENTS
-from sft_dist.known_models import CONFIGS, find_config, known_config
-from sft_dist.memory import PARTS, moments_of, need
-from sft_dist.memory_parts import (
+from sft_dist.model import loss
+from sft_dist.model.attention import choose_backend
+from sft_dist.model.load import load_model
+from sft_dist.plan.known_models import CONFIGS, find_config, known_config
+from sft_dist.plan.memory import PARTS, moments_of, need
+from sft_dist.plan.memory_parts import (
     HEAD_CHUNK_BYTES,
     HEAD_LEAST_ROWS,
     LOCAL_BUCKET_ELEMENTS,
@@ -26,9 +29,6 @@ from sft_dist.memory_parts import (
     layer_token_bytes,
     state_bytes,
 )
-from sft_dist.model import loss
-from sft_dist.model.attention import choose_backend
-from sft_dist.model.load import load_model
 from sft_dist.shape import ModelShape
 from tests import tiny
 

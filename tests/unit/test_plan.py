@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sft_dist import cli, plan_machine
+from sft_dist import cli
 from sft_dist import launch as launch_module
 from sft_dist.config import Recipe, load_recipe
 from sft_dist.data.prepare import open_or_prepare
 from sft_dist.errors import ConfigError
 from sft_dist.launch import plan_launch
 from sft_dist.machine import Gpus
-from sft_dist.memory import PARTS
-from sft_dist.plan import MODES, Asked, make_plan
-from sft_dist.plan_machine import parse_gpus
-from sft_dist.plan_report import print_plan, to_json
+from sft_dist.plan import machine as plan_machine
+from sft_dist.plan.machine import parse_gpus
+from sft_dist.plan.memory import PARTS
+from sft_dist.plan.planner import MODES, Asked, make_plan
+from sft_dist.plan.report import print_plan, to_json
 from sft_dist.run_record import read_starts
 from tests import tiny
 

@@ -9,8 +9,8 @@ from sft_dist import cli, package_files
 from sft_dist import launch as launch_module
 from sft_dist.config import load_recipe
 from sft_dist.machine import Gpus
-from sft_dist.plan import Asked, make_plan
-from sft_dist.plan_machine import parse_gpus
+from sft_dist.plan.machine import parse_gpus
+from sft_dist.plan.planner import Asked, make_plan
 
 RECIPES = {path.stem: path for path in package_files.recipes() if path.stem != "demo"}
 VARIANTS = ("chat", "base")

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from sft_dist.errors import ConfigError
-from sft_dist.report import render_comparison, render_report, told_apart, write_report
-from sft_dist.report_data import read_run
-from sft_dist.report_evaluation import evaluation_parts, p_text, shown_questions
-from sft_dist.report_figures import NUM_BUCKETS, Axis, decimate, smoothed, value_axis
-from sft_dist.report_parts import differences
+from sft_dist.report.data import read_run
+from sft_dist.report.evaluation import evaluation_parts, p_text, shown_questions
+from sft_dist.report.figures import NUM_BUCKETS, Axis, decimate, smoothed, value_axis
+from sft_dist.report.pages import render_comparison, render_report, told_apart, write_report
+from sft_dist.report.parts import differences
 from sft_dist.train import write_report_apart
 from tests.unit.test_status import MadeRun, step_line
 

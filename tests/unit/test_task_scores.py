@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sft_dist.answers import AnswerLog, Scored, fingerprint_answers, read_scored, score_answers, write_scored
-from sft_dist.comparison import compare, print_comparison
 from sft_dist.data.conversation import Message
 from sft_dist.data.questions import Question
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.evaluate_section import EvaluateSection
-from sft_dist.evaluation import Evaluation, Losses, SetResult
-from sft_dist.evaluation_report import print_evaluation
+from sft_dist.evaluation.answers import AnswerLog, Scored, fingerprint_answers, read_scored, score_answers, write_scored
+from sft_dist.evaluation.comparison import compare, print_comparison
+from sft_dist.evaluation.record import Evaluation, Losses, SetResult
+from sft_dist.evaluation.report import print_evaluation
+from sft_dist.evaluation.task_scores import mean_score, task_scores, worst_answers
 from sft_dist.significance import mcnemar, wilson
-from sft_dist.task_scores import mean_score, task_scores, worst_answers
 
 SECTION = EvaluateSection.model_validate({"tasks": {"calc": "numeric", "fields": "json"}, "worst": 3})
 TRUTHS = [("calc", "5 mg"), ("calc", "6 mg"), ("calc", "5 mg"), ("fields", '{"a": 1, "b": 2}'), ("qa", "yes")]

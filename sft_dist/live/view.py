@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_dist.data.shown import safe
-from sft_dist.live_state import LiveState, clock
+from sft_dist.live.state import LiveState, clock
 from sft_dist.status import duration
 
 MIN_COLUMNS = 80

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.live import Live
 
 from sft_dist.errors import ConfigError
-from sft_dist.live_state import Follower, LiveState
-from sft_dist.live_view import MIN_COLUMNS, LiveView
+from sft_dist.live.state import Follower, LiveState
+from sft_dist.live.view import MIN_COLUMNS, LiveView
 from sft_dist.metrics import ChangeMetrics, Metrics, StepMetrics, to_line
 from sft_dist.run_record import read_starts
 from sft_dist.status import read_status

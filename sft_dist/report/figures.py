@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_dist.report_data import Series
+from sft_dist.report.data import Series
 
 SIZE = 1000
 NUM_BUCKETS = 500

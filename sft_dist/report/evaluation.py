@@ -7,8 +7,8 @@ import numpy as np
 
 from sft_dist.data.shown import escape, safe
 from sft_dist.redact import redacted
-from sft_dist.report_data import Question, RunData
-from sft_dist.report_figures import exact_text
+from sft_dist.report.data import Question, RunData
+from sft_dist.report.figures import exact_text
 
 NUM_QUESTIONS, NUM_ANSWERS = 6, 5
 LONGEST_TEXT = 1200

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sft_dist.memory import PARTS
-from sft_dist.plan import Plan, Setting
+from sft_dist.plan.memory import PARTS
+from sft_dist.plan.planner import Plan, Setting
 
 LOOKS = {
     "weights": ("W", "blue"),

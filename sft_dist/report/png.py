@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sft_dist.report_charts import held_out_label
-from sft_dist.report_data import RunData
-from sft_dist.report_figures import decimate, smoothed
+from sft_dist.report.charts import held_out_label
+from sft_dist.report.data import RunData
+from sft_dist.report.figures import decimate, smoothed
 
 INK, MUTED, RAW, SMOOTH, DOTS = "#1b2126", "#59636d", "#9fb8ad", "#0a6549", "#a3470a"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sft_dist.answers import ANSWERS, Scored, read_scored
 from sft_dist.errors import ConfigError, DataError
-from sft_dist.evaluation_report import print_tasks, print_worst
-from sft_dist.task_scores import TaskScore, task_scores
+from sft_dist.evaluation.answers import ANSWERS, Scored, read_scored
+from sft_dist.evaluation.report import print_tasks, print_worst
+from sft_dist.evaluation.task_scores import TaskScore, task_scores
 
 NUM_WORSE = 5
 

@@ -4,9 +4,9 @@ import numpy as np
 
 from sft_dist.data.shown import safe
 from sft_dist.environment import all_peak_flops
-from sft_dist.live_view import flops_text
-from sft_dist.report_data import RunData, Series
-from sft_dist.report_figures import exact_text, smoothed
+from sft_dist.live.view import flops_text
+from sft_dist.report.data import RunData, Series
+from sft_dist.report.figures import exact_text, smoothed
 from sft_dist.status import duration
 
 GIB = 2**30

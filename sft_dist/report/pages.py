@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft_dist import __version__, report_charts, report_evaluation, report_numbers, report_parts
+from sft_dist import __version__
 from sft_dist.data.page_template import page_template
 from sft_dist.data.shown import safe
 from sft_dist.errors import ConfigError
-from sft_dist.report_data import RunData, read_run
-from sft_dist.report_figures import Chart, Line, exact_text, smoothed
-from sft_dist.report_png import write_png
+from sft_dist.report import charts, evaluation, numbers, parts
+from sft_dist.report.data import RunData, read_run
+from sft_dist.report.figures import Chart, Line, exact_text, smoothed
+from sft_dist.report.png import write_png
 from sft_dist.run_files import CURVE, REPORT
 from sft_dist.status import duration
 
@@ -54,38 +55,38 @@ def _written(what: str, path: Path) -> str:
 
 def render_report(run: RunData) -> str:
     """The page of one run as text."""
-    evaluation = report_evaluation.evaluation_parts(run)
-    return page_template("report_page.html").render(
+    found = evaluation.evaluation_parts(run)
+    return page_template("report/page.html").render(
         **_frame(),
         title=safe(run.name),
         run_dir=safe(str(run.run_dir)),
         lede=safe(_lede(run)),
-        tiles=report_numbers.tiles(run),
+        tiles=numbers.tiles(run),
         warnings=[safe(text) for text in run.warnings()],
         curves_intro=_curves_intro(run),
-        loss_chart=report_charts.loss_chart(run).drawn(),
-        other_charts=_drawn(report_charts.other_charts(run)),
-        evaluation=evaluation,
+        loss_chart=charts.loss_chart(run).drawn(),
+        other_charts=_drawn(charts.other_charts(run)),
+        evaluation=found,
         evaluation_intro=_evaluation_intro(run),
-        score_charts=_drawn(report_charts.score_charts(run)),
-        questions=report_evaluation.shown_questions(run),
+        score_charts=_drawn(charts.score_charts(run)),
+        questions=evaluation.shown_questions(run),
         answers_intro=_answers_intro(run),
         speed_intro=_speed_intro(run),
-        speed_charts=_drawn(report_charts.speed_charts(run)),
-        memory=report_parts.memory_part(run),
+        speed_charts=_drawn(charts.speed_charts(run)),
+        memory=parts.memory_part(run),
         data_intro="Counts are of the training data when the run started.",
-        **report_parts.data_part(run),
-        samples=report_parts.mask_samples(run),
-        environment=report_parts.environment_facts(run),
-        starts=report_parts.shown_starts(run),
-        recipe=report_parts.recipe_text(run),
+        **parts.data_part(run),
+        samples=parts.mask_samples(run),
+        environment=parts.environment_facts(run),
+        starts=parts.shown_starts(run),
+        recipe=parts.recipe_text(run),
     )
 
 
 def render_comparison(runs: Sequence[RunData]) -> str:
     """The page of several runs as text."""
     figures = [_figures(run) for run in runs]
-    return page_template("compare_page.html").render(
+    return page_template("report/compare.html").render(
         **_frame(),
         title=f"{len(runs)} runs compared",
         lede=safe(", ".join(run.name for run in runs)),
@@ -95,8 +96,8 @@ def render_comparison(runs: Sequence[RunData]) -> str:
             for number, (run, own) in enumerate(zip(runs, figures, strict=True), start=1)
         ],
         charts=_drawn(_compared_charts(runs)),
-        evaluation=report_evaluation.compared_evaluation(runs),
-        differences=report_parts.differences(runs),
+        evaluation=evaluation.compared_evaluation(runs),
+        differences=parts.differences(runs),
     )
 
 
@@ -104,8 +105,8 @@ def _frame() -> dict[str, str]:
     return {"version": __version__, "written": time.strftime("%Y-%m-%d %H:%M %Z")}
 
 
-def _drawn(charts: Sequence[Chart]) -> list[dict[str, Any]]:
-    return [chart.drawn() for chart in charts if any(len(line.finite[0]) for line in chart.lines)]
+def _drawn(drawable: Sequence[Chart]) -> list[dict[str, Any]]:
+    return [chart.drawn() for chart in drawable if any(len(line.finite[0]) for line in chart.lines)]
 
 
 def _lede(run: RunData) -> str:
@@ -129,15 +130,15 @@ def _evaluation_intro(run: RunData) -> str:
 
 
 def _answers_intro(run: RunData) -> str:
-    shown = min(report_evaluation.NUM_QUESTIONS, len(run.questions))
+    shown = min(evaluation.NUM_QUESTIONS, len(run.questions))
     return f"{shown} of {len(run.questions):,} held-out prompts, with what the model answered on the way."
 
 
 def _speed_intro(run: RunData) -> str:
-    speed = report_numbers.mean_tokens_per_s(run)
+    speed = numbers.mean_tokens_per_s(run)
     if speed is None:
         return "No step was done."
-    words = [f"{speed:,.0f} tokens/s in steps", report_numbers.utilisation(run)]
+    words = [f"{speed:,.0f} tokens/s in steps", numbers.utilisation(run)]
     commits = run.lines.get("commit", ())
     stood = sum(line["stall_s"] for line in commits)
     if commits:
@@ -149,21 +150,21 @@ def _figures(run: RunData) -> list[tuple[str, str]]:
     """A run's row in the comparison."""
     smooth = smoothed(run.series("loss"))
     held_out = next(iter(run.held_out().values()), None)
-    least, at = report_numbers.least_of(held_out) if held_out is not None else ("–", "")
-    speed, peak = report_numbers.mean_tokens_per_s(run), report_numbers.peak_memory(run)
+    least, at = numbers.least_of(held_out) if held_out is not None else ("–", "")
+    speed, peak = numbers.mean_tokens_per_s(run), numbers.peak_memory(run)
     return [
-        ("Loss", report_numbers.last_of(smooth)),
-        ("Held out, last", report_numbers.last_of(held_out) if held_out is not None else "–"),
+        ("Loss", numbers.last_of(smooth)),
+        ("Held out, last", numbers.last_of(held_out) if held_out is not None else "–"),
         ("Held out, least", least + (f" at {at}" if at else "")),
         ("Tokens/s", f"{speed:,.0f}" if speed is not None else "–"),
-        ("Use of device", report_numbers.utilisation(run) or "–"),
+        ("Use of device", numbers.utilisation(run) or "–"),
         ("Peak GiB", exact_text(peak, 4) if peak is not None else "–"),
         ("Time in steps", duration(sum(line["seconds"] for line in run.steps))),
     ]
 
 
 def _compared_charts(runs: Sequence[RunData]) -> list[Chart]:
-    last = max(report_charts.last_step(run) for run in runs)
+    last = max(charts.last_step(run) for run in runs)
     named = list(enumerate(runs, start=1))
     losses = [Line(safe(run.name), f"run-{n}", smoothed(run.series("loss"))) for n, run in named]
     held_out = [

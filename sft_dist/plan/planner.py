@@ -17,10 +17,10 @@ from sft_dist.data.steps import schedule_of
 from sft_dist.data.store import TokenStore
 from sft_dist.engine_choice import USABLE_SHARE, choose_engine, engines_for, find_shape, training_of
 from sft_dist.errors import ConfigError, SftDistError
-from sft_dist.memory import Need, need
-from sft_dist.memory_parts import MASTER_BYTES, MOMENT_BYTES
 from sft_dist.peaks import peak_flops
-from sft_dist.plan_machine import Machine, parse_gpus, this_machine
+from sft_dist.plan.machine import Machine, parse_gpus, this_machine
+from sft_dist.plan.memory import Need, need
+from sft_dist.plan.memory_parts import MASTER_BYTES, MOMENT_BYTES
 from sft_dist.run_files import METRICS
 from sft_dist.run_record import read_starts
 from sft_dist.shape import ModelShape

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sft_dist.answers import Scored
 from sft_dist.evaluate_section import RIGHT_OR_WRONG, EvaluateSection
+from sft_dist.evaluation.answers import Scored
 from sft_dist.scoring.json_fields import f1
 from sft_dist.scoring.metrics import score_answer
 from sft_dist.scoring.result import FieldCounts

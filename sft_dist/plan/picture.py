@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from sft_dist.errors import ConfigError
-from sft_dist.memory import PARTS
-from sft_dist.plan import Plan
-from sft_dist.plan_report import name_of
+from sft_dist.plan.memory import PARTS
+from sft_dist.plan.planner import Plan
+from sft_dist.plan.report import name_of
 
 COLOURS = {
     "weights": "#4269d0",

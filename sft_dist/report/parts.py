@@ -12,8 +12,8 @@ from sft_dist.data.inspect_page import length_chart, shown_sample
 from sft_dist.data.inspect_sample import pick_samples
 from sft_dist.data.shown import escape, safe
 from sft_dist.redact import redacted
-from sft_dist.report_data import RunData
-from sft_dist.report_numbers import peak_memory
+from sft_dist.report.data import RunData
+from sft_dist.report.numbers import peak_memory
 
 GIB = 2**30
 NUM_SAMPLES = 3

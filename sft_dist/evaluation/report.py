@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sft_dist.answers import Scored
 from sft_dist.data.shown import escape
-from sft_dist.evaluation import Evaluation, Losses
-from sft_dist.task_scores import Earlier, TaskScore, mean_score
+from sft_dist.evaluation.answers import Scored
+from sft_dist.evaluation.record import Evaluation, Losses
+from sft_dist.evaluation.task_scores import Earlier, TaskScore, mean_score
 
 NUM_PROMPT_LINES = 6
 TESTS = {"mcnemar": "exact McNemar", "permutation": "paired permutation"}

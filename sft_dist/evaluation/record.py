@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sft_dist.answers import Scored
-from sft_dist.task_scores import TaskScore
+from sft_dist.evaluation.answers import Scored
+from sft_dist.evaluation.task_scores import TaskScore
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ A step passes through moments that hold different things; what is needed is the 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sft_dist.memory_parts import (
+from sft_dist.plan.memory_parts import (
     Training,
     activation_bytes,
     buffer_bytes,

@@ -3,8 +3,8 @@
 import numpy as np
 
 from sft_dist.data.shown import safe
-from sft_dist.report_data import RunData
-from sft_dist.report_figures import Chart, Line, Mark, smoothed
+from sft_dist.report.data import RunData
+from sft_dist.report.figures import Chart, Line, Mark, smoothed
 
 GIB = 2**30
 NUM_TASKS_A_CHART = NUM_COLOURS = 8
