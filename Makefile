@@ -13,11 +13,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
 
-# What runs in one process runs two at a time; what measures seconds, or starts processes of its own, by itself.
-ALONE := tests/unit/test_schedule.py tests/unit/test_watchdog.py tests/unit/test_launch.py tests/unit/test_doctor.py
+# Two at a time; by itself what measures seconds, and what runs on as many processes as there are cores and more.
+ALONE := tests/unit/test_schedule.py
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/browser $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(ALONE) tests/numerics tests/distributed tests/launch tests/gpu
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/browser tests/launch tests/gpu $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE) tests/numerics tests/distributed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
