@@ -456,9 +456,9 @@ MUTANTS = [
     ),
     Mutant(
         "a finished model's perplexity is of the mean per example",
-        "measure.py",
-        "math.exp(token_mean)",
-        "math.exp(example_mean)",
+        "evaluation/record.py",
+        "math.exp(self.token_mean)",
+        "math.exp(self.example_mean)",
         "launch/test_evaluate.py::test_a_finished_model_has_the_loss_that_the_run_ended_with",
     ),
     Mutant(
@@ -1008,8 +1008,8 @@ MUTANTS = [
     Mutant(
         "gradient norm in fp32",
         "engine/local.py",
-        "torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads",
-        "torch.linalg.vector_norm(grad).double() for grad in grads",
+        "torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts",
+        "torch.linalg.vector_norm(part).double() for part in parts",
         "unit/test_local_engine.py::test_the_gradient_norm_of_a_large_tensor_is_exact",
     ),
     Mutant(
