@@ -56,7 +56,8 @@ def loss_and_gradients(model: PackedModel, micro: MicroBatch) -> dict[str, torch
 def test_packs_of_every_size_share_one_graph_and_its_results(
     architecture: str, checkpointing: str, tmp_path: Path
 ) -> None:
-    path = tiny.write_model(tmp_path, architecture=architecture)
+    # Two layers that share graphs, and the last, which has none.
+    path = tiny.write_model(tmp_path, architecture=architecture, num_hidden_layers=3)
     eager, model = load(path), compiled(path, checkpointing=checkpointing)
     for ids in PACKS:
         micro = pack(ROWS, *ids)
