@@ -27,7 +27,7 @@ outside() {
     # is in a session of its own: it does its work whatever the others died of.
     exec 9> >(exec setsid "${BASH_SOURCE[0]}" remove-control-groups "$CLUSTER_ID" &>/dev/null)
     # Namespaces end with their first process, that ends with unshare, and that with timeout, which has our pid.
-    exec timeout --foreground --kill-after=5 "${CLUSTER_LIMIT_S:-900}" setpriv --pdeathsig KILL \
+    exec timeout --foreground --kill-after=5 "${CLUSTER_LIMIT_S:-1500}" setpriv --pdeathsig KILL \
         unshare --mount --net --pid --uts --ipc --fork --kill-child --mount-proc "${BASH_SOURCE[0]}" "$@"
 }
 
