@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 # Two at a time; by itself what measures seconds, and what runs on as many processes as there are cores and more.
 ALONE := tests/unit/test_schedule.py
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/browser tests/launch tests/gpu $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/launch tests/browser tests/unit tests/gpu $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest $(ALONE) tests/numerics tests/distributed
 
 lint: $(VENV)/installed

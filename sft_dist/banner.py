@@ -5,12 +5,11 @@ from itertools import islice
 from statistics import mean
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from sft_dist import __version__
 from sft_dist.checkpoint import Continuation
 from sft_dist.config import HELD_OUT
+from sft_dist.console import print_pairs
 from sft_dist.data.conversation import Origin
 from sft_dist.data.draws import count_shared_prompts
 from sft_dist.data.held_out import HeldOut
@@ -68,7 +67,6 @@ def show_banner(
         lines["answers"] = f"to {len(job.questions):,} held-out prompts, every {every} steps and after the last"
     if dropout := ", ".join(f"{key}={rate}" for key, rate in dropout_rates(job.model_config).items()):
         lines["dropout"] = f"{dropout}: the curve is the same only for the same engine, processes and pack_tokens"
-    table = Table.grid(padding=(0, 2))
     if attempt > 1 and continuation is None:
         lines["restart"] = f"start {attempt} of this run, and none before it committed a checkpoint: from step 1 again"
     balance = balance_lines(
@@ -81,9 +79,7 @@ def show_banner(
     )
     lines_all = [*lines.items(), *balance, *(_continuation(continuation) if continuation else ())]
     rows = [(name, redacted(text)) for name, text in lines_all]
-    for name, text in rows:
-        table.add_row(name, Text(text))  # Text: a path may hold what looks like markup
-    console.print(table, highlight=False)
+    print_pairs(console, rows)
     return rows
 
 

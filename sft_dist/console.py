@@ -2,16 +2,38 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 
 def make_console() -> Console:
     """As wide as the terminal; in a pipe or a log file 120 columns, where nobody can widen the window."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
+
+
+def print_pairs(console: Console, pairs: Iterable[tuple[str, str | Text]], *, style: str = "") -> None:
+    """Names and, aligned behind them, texts, which may hold several lines and what looks like markup.
+
+    A terminal folds long lines at its edge. Elsewhere each stays whole, so that a path in it can be searched for.
+    """
+    rows = [(name, text if isinstance(text, Text) else Text(text)) for name, text in pairs]
+    if console.is_terminal:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, style=style)
+        table.add_column(overflow="fold")
+        for name, text in rows:
+            table.add_row(Text(name), text)
+        console.print(table, highlight=False)
+        return
+    width = max(len(name) for name, _ in rows) + 2
+    for name, text in rows:
+        lines = (name.ljust(width) + text.plain).replace("\n", "\n" + " " * width)
+        console.print(Text(lines), soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -61,7 +61,8 @@ def permutation(differences: Sequence[float] | NDArray[np.float64], *, seed: int
     found = found[found != 0]
     if not len(found):
         return 1.0
-    observed = abs(found.sum()) * (1 - 1e-12)  # sums in another order must not fall below what is equal
+    # Rounding must not set apart sums that are equal, nor make something of differences that cancel.
+    observed = abs(found.sum()) - 1e-12 * np.abs(found).sum()
     if len(found) <= EXACT_UP_TO:
         signs = 1.0 - 2.0 * ((np.arange(2 ** len(found))[:, None] >> np.arange(len(found))) & 1)
         return float((np.abs(signs @ found) >= observed).mean())

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sft_dist.console import print_pairs
 from sft_dist.data.shown import safe
 from sft_dist.status import RankStatus, RunStatus, duration
 
@@ -25,14 +26,9 @@ def to_json(statuses: RunStatus | Sequence[RunStatus]) -> str:
 
 def print_status(status: RunStatus, console: Console, *, with_ranks: bool = False) -> None:
     """One run, a line for each thing that is known; each rank if asked for, or where something is wrong."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("run", Text(safe(str(status.run_dir))))
-    table.add_row("state", Text.assemble((status.state, STYLES.get(status.state, "bold")), ": ", safe(status.detail)))
-    for name, text in _lines(status):
-        table.add_row(name, Text("\n".join(safe(line) for line in text.splitlines())))
-    console.print(table, highlight=False)
+    state = Text.assemble((status.state, STYLES.get(status.state, "bold")), ": ", safe(status.detail))
+    lines = ((name, "\n".join(safe(line) for line in text.splitlines())) for name, text in _lines(status))
+    print_pairs(console, [("run", safe(str(status.run_dir))), ("state", state), *lines])
     if status.ranks and (with_ranks or status.state in WRONG or status.slow_ranks):
         console.print()
         console.print(_ranks_table(status.ranks), highlight=False)

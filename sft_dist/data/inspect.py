@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sft_dist.console import print_pairs
 from sft_dist.data.chat import ChatTokenizer
 from sft_dist.data.inspect_figures import Layout, causes, length_bins
 from sft_dist.data.inspect_sample import Gap, Glyph, Run, Sample, runs_of
@@ -87,26 +88,26 @@ def render_runs(runs: Iterable[Run | Gap], *, brackets: bool) -> Text:
 def summary(store: TokenStore, console: Console) -> None:
     """Print what was read, kept, dropped and noted, and how long examples are."""
     meta = store.meta
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
+    rows: list[tuple[str, str]] = []
     for source in meta["sources"]:
         kept = f"{source['rows_kept']} of {source['rows_read']} rows kept"
-        table.add_row("source", Text(f"{safe(source['path'])}  {source['format']}  {kept}"))
+        rows.append(("source", f"{safe(source['path'])}  {source['format']}  {kept}"))
     num_read, num_kept = meta["rows_read"], meta["rows_kept"]
-    table.add_row("rows", f"{num_read} read, {num_kept} kept, {num_read - num_kept} dropped")
+    rows.append(("rows", f"{num_read} read, {num_kept} kept, {num_read - num_kept} dropped"))
     if meta["examples"] != num_kept:
-        table.add_row("examples", str(meta["examples"]))
+        rows.append(("examples", str(meta["examples"])))
     for title, key in (("dropped", "dropped"), ("noted", "notes")):
         for cause in causes(meta, key):
             example = f", e.g. {safe(cause.examples[0])}" if cause.examples else ""
-            table.add_row(title, Text(f"{cause.count} {cause.name}{example}"))
+            rows.append((title, f"{cause.count} {cause.name}{example}"))
     share = meta["response_tokens"] / meta["tokens"]
-    table.add_row("tokens", f"{meta['tokens']}, of which {meta['response_tokens']} are trained ({share:.1%})")
-    table.add_row("length", _quantiles(store.lengths))
-    table.add_row("trained", _quantiles(store.num_responses))
-    table.add_row("store", Text(str(store.path)))
-    console.print(table, soft_wrap=True)
+    rows += [
+        ("tokens", f"{meta['tokens']}, of which {meta['response_tokens']} are trained ({share:.1%})"),
+        ("length", _quantiles(store.lengths)),
+        ("trained", _quantiles(store.num_responses)),
+        ("store", str(store.path)),
+    ]
+    print_pairs(console, rows, style="bold")
 
 
 def show_lengths(store: TokenStore, console: Console) -> None:
@@ -139,12 +140,7 @@ def show_layout(layout: Layout | str, console: Console) -> None:
     if isinstance(layout, str):
         console.print(Text(safe(layout)), soft_wrap=True)
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, text in layout_lines(layout).items():
-        table.add_row(name, Text(text))
-    console.print(table, soft_wrap=True)
+    print_pairs(console, layout_lines(layout).items(), style="bold")
 
 
 def layout_lines(layout: Layout) -> dict[str, str]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sft_dist.console import print_pairs
 from sft_dist.plan.memory import PARTS
 from sft_dist.plan.planner import Plan, Setting
 
@@ -41,23 +42,14 @@ WIDE = 100
 
 def print_plan(plan: Plan, console: Console) -> None:
     """All of it; nothing is wider than the console."""
-    _print_lines(console, list(_facts(plan)))
+    print_pairs(console, _facts(plan))
     console.print()
     console.print(_table(plan, is_wide=console.width >= WIDE), highlight=False)
     console.print()
     for line in _bars(plan, console):
         console.print(line, no_wrap=True, overflow="crop")
     console.print()
-    _print_lines(console, list(_verdict(plan)))
-
-
-def _print_lines(console: Console, lines: list[tuple[str, str]]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in lines:
-        grid.add_row(name, Text(text))
-    console.print(grid, highlight=False)
+    print_pairs(console, _verdict(plan))
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -139,7 +139,8 @@ def test_disk_is_counted_for_what_is_kept_and_what_is_being_written(tmp_path: Pa
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_nothing_that_is_printed_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
-    console = Console(width=width, record=True, quiet=False, file=(tmp_path / "out").open("w"))
+    file = (tmp_path / "out").open("w")
+    console = Console(width=width, record=True, force_terminal=True, color_system=None, file=file)
     plan = make_plan(recipe_for(tmp_path), Asked(gpus="8x80GB", tokens=10**6, tokens_per_s=1000.0))
     print_plan(plan, console)
     lines = console.export_text().splitlines()
