@@ -94,7 +94,7 @@ def _bars(plan: Plan, console: Console) -> Iterator[Text]:
     limit = plan.machine.memory_bytes
     largest = max(setting.need.device_bytes for setting in plan.settings)
     scale = width / min(max(largest, 1.05 * limit), 1.6 * limit)
-    colours = console.is_terminal and not console.no_color
+    colours = console.color_system is not None and not console.no_color
     for setting in plan.settings:
         bar = Text(f"{name_of(setting):<{label}}")
         bar.append_text(_bar(setting, scale=scale, width=width, limit=limit, colours=colours))
