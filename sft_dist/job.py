@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class Job:
             best_by=self.recipe.evaluate.best_by if self.recipe.evaluate else None,
         )
 
-    @property
+    @cached_property
     def planned_memory(self) -> dict[str, int]:
         """Bytes by part that a process will hold on its device, counted; empty for a model whose shape is not known."""
         return planned_memory(

@@ -821,6 +821,13 @@ MUTANTS = [
         f"{TEMPLATES}::test_thinking_written_into_the_answer_is_kept_or_reported",
     ),
     Mutant(
+        "a prompt of inference that is not the one of training goes unsaid behind tool results",
+        "data/masks.py",
+        'if earlier and earlier[-1].role == "user" and before',
+        "if before",
+        "unit/test_prompt_tokens.py::test_templates_that_ask_otherwise_than_they_train_are_those_of_the_docs",
+    ),
+    Mutant(
         "the mask runs on into the tool's result",
         "data/masks.py",
         "text.find(stop, turn.calls[-1])",
@@ -842,6 +849,13 @@ MUTANTS = [
         """            if found is None:
                 raise Refused("message_dropped", "the template leaves out the tools""",
         f"{TEMPLATES}::test_tools_that_the_template_does_not_write_are_refused",
+    ),
+    Mutant(
+        "differences that cancel are taken for evidence",
+        "significance.py",
+        "observed = abs(found.sum()) - 1e-12 * np.abs(found).sum()",
+        "observed = abs(found.sum()) * (1 - 1e-12)",
+        "unit/test_significance.py::test_a_few_differences_are_tried_under_every_sign",
     ),
     Mutant(
         "null fill of Parquet kept",

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from sft_dist.data.conversation import Conversation, Message, Refused, Remark, strings_in
@@ -123,6 +124,8 @@ class SpanFinder:
                 )
             elif (answer := _inside_tags(Answer(start, end, turn.index), tags)) is not None:
                 answers.append(answer)
+                if difference := self._asked_otherwise(conversation, text[:start], turn):
+                    remarks.append(Remark(conversation.origin, "asked_otherwise", difference))
         if not answers:
             if remarks:
                 raise Refused(
@@ -193,6 +196,21 @@ class SpanFinder:
                 f"the template writes turn {turn.index + 1} without {self.markers.header!r} before it",
             )
         return len(prompt)
+
+    def _asked_otherwise(self, conversation: Conversation, before: str, turn: "_Turn") -> str:
+        """How inference asks for a turn that training writes behind `before`, where that differs; else empty.
+
+        Behind a question, the usual prompt is looked for first, which spares most templates a second render.
+        """
+        earlier = conversation.messages[: turn.index]
+        if earlier and earlier[-1].role == "user" and before.endswith(self.markers.generation_prompt):
+            return ""
+        prompt = self.template.text_of(earlier, conversation.tools, add_generation_prompt=True)
+        if prompt == before:
+            return ""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, before, strict=False)))
+        asked, trained = (repr(rest) if rest else "nothing" for rest in (prompt[same:], before[same:]))
+        return f"turn {turn.index + 1}: inference asks with {asked} where training has {trained} before the answer"
 
     def _end(self, text: str, turn: "_Turn") -> int | None:
         if not turn.calls or turn.calls[-1] < turn.end:

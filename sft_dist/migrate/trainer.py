@@ -1,7 +1,8 @@
 """Keys of transformers' TrainingArguments, which TRL and LLaMA-Factory both take."""
 
-from sft_dist.migrate.ledger import Same
-from sft_dist.migrate.shared import THEIR_CHECKPOINTS, number
+from sft_dist.migrate import schedule
+from sft_dist.migrate.ledger import Ledger, Same
+from sft_dist.migrate.shared import THEIR_CHECKPOINTS, Step, number
 
 SAME = {
     "weight_decay": Same("optim.weight_decay", "norms and biases are left out, as there", number),
@@ -54,3 +55,20 @@ IDLE = dict.fromkeys(
     """.split(),
     "about their own machinery",
 )
+
+
+def put_updates(ledger: Ledger, *, default_lr: float) -> None:
+    """The section optim."""
+    if "optim.lr" not in ledger.recipe:
+        ledger.put("optim.lr", default_lr, meaning="their default", remark="their default")
+    schedule.put_schedule(ledger, "lr_scheduler_type", default="linear")
+    schedule.put_optimizer(ledger, "optim")
+
+
+def put_course(ledger: Ledger, step: Step, *, num_rows: int | None) -> None:
+    """The length of the run and what comes every so many steps."""
+    length = schedule.put_length(ledger, step, epochs_key="num_train_epochs", default_epochs=3.0, num_rows=num_rows)
+    schedule.put_warmup(ledger, length)
+    schedule.put_every(ledger, "eval", length, strategies=("eval_strategy", "evaluation_strategy"))
+    schedule.put_every(ledger, "save", length, strategies=("save_strategy",))
+    schedule.put_saves(ledger)

@@ -71,16 +71,9 @@ def convert(ledger: Ledger, *, full: bool) -> None:
         packed=packed,
         max_tokens=max_tokens,
     )
-    if "optim.lr" not in ledger.recipe:
-        ledger.put("optim.lr", 2e-5, meaning="their default", remark="their default")
-    schedule.put_schedule(ledger, "lr_scheduler_type", default="linear")
-    schedule.put_optimizer(ledger, "optim")
+    trainer.put_updates(ledger, default_lr=2e-5)
     rows = schedule.count_rows(ledger.recipe["data.train"], ledger.recipe.get("data.held_out_share", 0.0))
-    length = schedule.put_length(ledger, step, epochs_key="num_train_epochs", default_epochs=3.0, num_rows=rows)
-    schedule.put_warmup(ledger, length)
-    schedule.put_every(ledger, "eval", length, strategies=("eval_strategy", "evaluation_strategy"))
-    schedule.put_every(ledger, "save", length, strategies=("save_strategy",))
-    schedule.put_saves(ledger)
+    trainer.put_course(ledger, step, num_rows=rows)
     shared.put_engine(ledger)
     if "wandb.project" not in ledger.recipe:
         shared.put_wandb(ledger, project=None)

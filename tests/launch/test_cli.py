@@ -67,3 +67,18 @@ def test_wandb_logs_offline(recipe: Path, tmp_path: Path, capsys: pytest.Capture
     out = said(capsys, "train", str(recipe), "wandb={project: p, mode: offline}")
     assert "done: step 1" in out
     assert list((tmp_path / "runs" / "r" / "wandb").glob("offline-run-*"))
+
+
+def test_a_template_that_asks_otherwise_than_it_trains_is_said_before_step_1(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "asks.jinja"
+    template.write_text(
+        tiny.TEMPLATE.replace("{% if add_generation_prompt %}<|a|>", "{% if add_generation_prompt %}<|a|>?")
+    )
+    assert cli.main(["train", str(recipe), "train.steps=1", "run.name=own"]) == 0
+    assert "asked_otherwise" not in capsys.readouterr().out
+    assert cli.main(["train", str(recipe), "train.steps=1", "run.name=asks", f"data.chat_template={template}"]) == 0
+    (noted,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("noted"))
+    assert "12 asked_otherwise, e.g. " in noted
+    assert noted.endswith("turn 2: inference asks with '?' where training has nothing before the answer")

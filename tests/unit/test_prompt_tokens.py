@@ -54,8 +54,12 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
     return loader
 
 
-def pairs(tokenizer: ChatTokenizer, conversation: Conversation, *, turns: str) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids at inference, ids before the first trained token of the turn) of each trained turn; none for a refused row.
+def pairs(
+    tokenizer: ChatTokenizer, conversation: Conversation, *, turns: str
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Of each trained turn: ids at inference, ids before its first trained token, and whether a difference is noted.
+
+    None for a refused row.
 
     turns: all makes one example of the conversation, each makes one that ends in each trained turn.
     """
@@ -65,21 +69,25 @@ def pairs(tokenizer: ChatTokenizer, conversation: Conversation, *, turns: str) -
         (example,) = tokenizer.encode([shown])
         if not isinstance(example, Example):
             continue
-        context = {int(re.match(r"turn (\d+)", note.reason)[1]) for note in example.remarks if "turn " in note.reason}
+        context, noted = (
+            {int(re.match(r"turn (\d+)", note.reason)[1]) for note in example.remarks if note.cause == cause}
+            for cause in ("thinking_dropped", "asked_otherwise")
+        )
         is_first = np.diff(np.concatenate([[0], example.is_response.astype(int)])) == 1
         trained = [turn for turn in ends if turn <= end and turn not in context]
         starts = np.flatnonzero(is_first).tolist()
         assert len(starts) == len(trained)
         for start, turn in list(zip(starts, trained, strict=True))[-1 if turns == "each" else 0 :]:
             asked = tokenizer.encode_prompt(conversation.messages[: turn - 1], conversation.tools)
-            yield asked, example.input_ids[:start].tolist()
+            yield asked, example.input_ids[:start].tolist(), turn in noted
 
 
 def differences(tokenizer: ChatTokenizer, *, turns: str) -> str:
     """How prompts at inference and in training end where they differ, over all conversations; empty if nowhere."""
     found: dict[str, None] = {}
     for conversation in CONVERSATIONS.values():
-        for asked, trained in pairs(tokenizer, conversation, turns=turns):
+        for asked, trained, is_noted in pairs(tokenizer, conversation, turns=turns):
+            assert is_noted == (asked != trained)
             if asked != trained:
                 texts = tokenizer.decode(asked), tokenizer.decode(trained)
                 same = next(at for at in range(len(texts[0]) + 1) if texts[0][: at + 1] != texts[1][: at + 1])
@@ -102,8 +110,9 @@ def test_every_recipe_asks_with_the_tokens_that_it_trained_behind(path: Path, lo
     compared = 0
     for turns in ("all", "each"):
         for conversation in CONVERSATIONS.values():
-            for asked, trained in pairs(tokenizer, conversation, turns=turns):
+            for asked, trained, is_noted in pairs(tokenizer, conversation, turns=turns):
                 assert asked == trained
+                assert not is_noted
                 compared += 1
     assert compared >= 12, "single and multi-turn, with and without system prompt, all and each"
     conversation = SCENARIOS["multi-turn"]
