@@ -5,11 +5,16 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import tiny
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# New examples on each run, however long one takes; under REQUIRE_ALL=1 the same ones on every machine.
+settings.register_profile("search", deadline=None)
+settings.load_profile("ci" if os.environ.get("REQUIRE_ALL") == "1" else "search")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -335,7 +335,7 @@ def test_a_wrong_mask_does_not_pass_verification(
             assert result.cause == "mask_not_verified"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.text(min_size=1, max_size=30).filter(lambda text: text.strip() and "\x00" not in text),
@@ -365,7 +365,7 @@ HOSTILE = (
 )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     st.sampled_from(["chatml", "qwen2_5", "qwen3_instruct_2507"]),
     st.lists(st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=8).map("".join), min_size=2, max_size=6),

@@ -141,7 +141,7 @@ def cases(draw: Any) -> Case:
     return case
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(cases())
 def test_every_response_token_of_every_draw_is_trained_once_and_nothing_else(case: Case) -> None:
     store, draws = case.store, Draws(**case.draws_by)
@@ -170,7 +170,7 @@ def test_every_response_token_of_every_draw_is_trained_once_and_nothing_else(cas
         assert not case.is_held_out[drawn[epoch]].any()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(cases())
 def test_a_source_gives_what_its_cap_leaves_as_often_as_its_weight_says(case: Case) -> None:
     draws = Draws(**case.draws_by)
@@ -186,7 +186,7 @@ def test_a_source_gives_what_its_cap_leaves_as_often_as_its_weight_says(case: Ca
             assert len(of_source) == num or whole == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cases(), st.data())
 def test_a_run_goes_on_from_any_step_with_the_same_batches(case: Case, data: st.DataObject) -> None:
     def shown(batches: Iterator[GlobalBatch]) -> list[Any]:
@@ -213,7 +213,7 @@ def test_without_caps_and_splits_an_epoch_is_one_seeded_permutation() -> None:
         assert Draws(pools, seed=seed).of_epoch(epoch).tolist() == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 40), st.data(), st.integers(0, 1000))
 def test_under_a_cap_all_examples_come_up_as_evenly_as_they_can(num: int, data: st.DataObject, seed: int) -> None:
     cap = data.draw(st.integers(1, num - 1))
@@ -307,7 +307,7 @@ def test_the_side_of_a_prompt_is_a_hash_of_seed_and_prompt() -> None:
         assert hold_out(prompts, share=share, seed=seed).tolist() == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31 - 1), st.floats(0.2, 0.8), st.integers(0, 1000))
 def test_equal_prompts_fall_on_one_side_whatever_is_added_or_moved(seed: int, share: float, content: int) -> None:
     rng = np.random.default_rng(content)

@@ -65,7 +65,7 @@ TEXTS = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from([QWEN, LLAMA]), TEXTS)
 @example(QWEN, "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)])))
 @example(LLAMA, "".join(f"a{chr(i)}'{chr(i)}1 {chr(i)}\n" for i in range(0x3400)))
@@ -79,7 +79,7 @@ def test_tokens_are_those_of_the_library(pair: Pair, split: str, text: str) -> N
     assert ours.decode([ids]) == [theirs.decode(ids, skip_special_tokens=False)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([QWEN, LLAMA]), TEXTS, st.data())
 def test_spans_have_the_tokens_that_overlap_them(pair: Pair, split: str, text: str, data: st.DataObject) -> None:
     ours, theirs = pair(split)

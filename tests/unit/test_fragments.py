@@ -54,7 +54,7 @@ def test_shares_cover_every_element_once_and_are_equal_to_one_element(sizes: lis
     assert max(counts) - min(counts) <= 1
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     writers=st.integers(1, 5),

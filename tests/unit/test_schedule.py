@@ -22,7 +22,7 @@ def make_schedule(lengths: list[int], **settings: object) -> Schedule:
     return Schedule(array, np.maximum(1, array // 3), **{"seed": 7, "epochs": 1, "examples": 8, **settings})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths_strategy, st.integers(1, 7), st.sampled_from([300, 512, 4096, None]))
 def test_every_draw_of_a_step_is_trained_exactly_once(lengths: list[int], world: int, pack_tokens: int | None) -> None:
     array = np.array(lengths, dtype=np.int64)
@@ -57,7 +57,7 @@ def test_no_pack_is_overfilled_when_examples_change_places(kind: bench.Lengths, 
         assert max(lengths[list(pack)].sum() for row in micro_steps for pack in row) <= pack_tokens, seed
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths_strategy, st.integers(1, 9), st.integers(1, 4))
 def test_steps_do_not_depend_on_world_or_pack_size(lengths: list[int], world: int, epochs: int) -> None:
     schedule = make_schedule(lengths, epochs=epochs)

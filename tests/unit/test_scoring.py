@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_dist.errors import DataError
@@ -251,7 +251,6 @@ def longest_common(a: list[str], b: list[str]) -> int:
     return max(longest_common(a[:-1], b), longest_common(a, b[:-1]))
 
 
-@settings(deadline=None)  # the first summary imports the library
 @given(st.lists(st.sampled_from("abc"), max_size=6), st.lists(st.sampled_from("abc"), min_size=1, max_size=6))
 def test_rouge_l_is_the_longest_common_subsequence(answer: list[str], truth: list[str]) -> None:
     common = longest_common(answer, truth)
