@@ -4,8 +4,6 @@ import contextlib
 import functools
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +49,12 @@ from sft_dist.optim import build_adamw
 from sft_dist.profiling import profiled_steps
 from sft_dist.quiet import quiet_libraries
 from sft_dist.rank_log import flight_recorder_env, per_rank_log
+from sft_dist.report.apart import write_report_apart
 from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL
 from sft_dist.run_record import amend_start, record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
-from sft_dist.world import EXIT_CODES, StopRequest, report_at_work
+from sft_dist.world import StopRequest, report_at_work
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +66,6 @@ REPLAY_TOLERANCE = {
 }
 """What a step's loss may differ by, relatively, when it is trained again: on as many processes it is bit for bit the
 same on a CPU, on others it is rounded differently."""
-
-
-REPORT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -193,23 +189,6 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
         write_report_apart(recipe.run.path, console)
     steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
     return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
-
-
-def write_report_apart(run_dir: Path, console: Console) -> None:
-    """Write report.html and curve.png. Best effort, in a process of its own: the run is done whatever comes of it."""
-    command = [sys.executable, "-m", "sft_dist", "report", str(run_dir)]
-    # It is no rank, and its exit code is not rank 0's.
-    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", EXIT_CODES)}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=REPORT_TIMEOUT_S, env=environ)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        logger.warning("no report was written: %s; `sft-dist report %s` tries again", error, run_dir)
-        return
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        logger.warning("no report was written: %s; `sft-dist report %s` tries again", reason[0], run_dir)
-    else:
-        console.print(done.stdout.strip(), markup=False, highlight=False)
 
 
 def note_start(job: Job, *, banner: Sequence[tuple[str, str]]) -> None:

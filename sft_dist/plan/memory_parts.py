@@ -15,7 +15,7 @@ from sft_dist.shape import ModelShape
 BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2}
 
 MASTER_BYTES = 4
-"""fp32 master weight, which AdamW updates. In fp32 `single`, `ddp` and `zero3` have none beside the weight."""
+"""fp32 master weight, which AdamW updates. In fp32 `single` and `ddp` have none beside the weight."""
 
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""

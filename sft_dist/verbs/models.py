@@ -100,6 +100,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from sft_dist.engine.collectives import leave_process_group
     from sft_dist.evaluation.report import print_evaluation
     from sft_dist.measure import evaluate_run
+    from sft_dist.report.apart import write_report_apart
+    from sft_dist.run_files import METRICS
 
     try:
         evaluation = evaluate_run(recipe, console=make_console(), before=arguments.before)
@@ -110,6 +112,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         leave_process_group()
     if is_main():
         print_evaluation(evaluation, make_console())
+        if recipe.run.report and (recipe.run.path / METRICS).exists():
+            write_report_apart(recipe.run.path, make_console())
     return 0
 
 

@@ -91,7 +91,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
     "sft-dist generate runs/clinic --input rows.jsonl --output answers.jsonl": (
         Run("6 rows answered", also="--max-new-tokens 3")
     ),
-    "sft-dist export runs/clinic --average 3 --push-to-hub owner/clinic": Elsewhere(PUSHED),
+    "sft-dist export runs/clinic --average 2 --push-to-hub owner/clinic": Elsewhere(PUSHED),
     # ------------------------------------------------------------ pages
     "sft-dist report runs/clinic": Run("report.html"),
     "sft-dist report runs/a runs/b runs/c -o compare.html": Elsewhere("tests/unit/test_report.py"),
@@ -115,7 +115,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
             "tests/unit/test_export.py::test_what_a_checkpoint_exports_is_byte_for_byte_what_the_end_of_the_run_did"
         )
     ),
-    "sft-dist export runs/clinic --average 3": (
+    "sft-dist export runs/clinic --average 2": (
         Elsewhere("tests/unit/test_export.py::test_an_average_is_the_plain_mean_of_the_masters")
     ),
     "sft-dist export runs/clinic --dtype bf16 --output clinic-bf16": Run("clinic-bf16"),

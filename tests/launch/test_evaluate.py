@@ -34,7 +34,10 @@ def test_a_finished_model_has_the_loss_that_the_run_ended_with(
     assert cli.main(["train", str(recipe)]) == 0
     measured = [line for line in read_lines(tmp_path / "runs" / "r" / "metrics.jsonl") if line["event"] == "held_out"]
     capsys.readouterr()
-    assert cli.main(["evaluate", str(recipe)]) == 0
+    report = tmp_path / "runs" / "r" / "report.html"
+    assert not report.exists()
+    assert cli.main(["evaluate", str(recipe), "run.report=true"]) == 0
+    assert '<section id="evaluation"' in report.read_text(), "the report is written again, with what was found"
     found = json.loads((tmp_path / "runs" / "r" / "evaluation.json").read_text())
     assert found["example_mean"] == pytest.approx(measured[-1]["held_out_loss"], rel=1e-6)
     assert found["example_mean"] < measured[0]["held_out_loss"], "measured on the trained weights"

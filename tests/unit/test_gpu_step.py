@@ -193,6 +193,17 @@ def test_the_plan_recomputes_no_more_than_the_card_asks_for(model: str, card: fl
     assert plans[-1].checkpointing == "full"
 
 
+@pytest.mark.parametrize("model", CASES)
+def test_the_table_of_planned_memory_in_the_docs_is_what_is_planned(model: str) -> None:
+    case = CASES[model]
+    planned = [models.our_state_bytes(case, dtype="bf16")] + [
+        models.activation_bytes(case, tokens=case.pack_tokens, checkpointing=mode, dtype="bf16")
+        for mode in ("none", "selective", "full")
+    ]
+    row = " | ".join([model, str(case.packs), *(f"{size / 2**30:.1f}" for size in planned)])
+    assert f"| {row} |\n" in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
 def test_syncs_are_counted_by_line() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -34,7 +34,8 @@ status status_report live.state live.view live.tracker tensorboard_tracker track
 plan.planner plan.report plan.picture
 data.lint_text data.lint_row data.lint_table data.lint_set data.lint_near data.lint data.lint_report
 data.inspect_sample data.inspect_figures data.store_note data.inspect data.page_template data.inspect_page
-report.data report.figures report.numbers report.charts report.evaluation report.parts report.png report.pages
+report.apart report.data report.figures report.numbers report.charts report.evaluation report.parts report.png
+report.pages
 migrate.ledger migrate.shared migrate.schedule migrate.trainer migrate.trl migrate.llamafactory
 migrate.axolotl_data migrate.axolotl migrate.convert migrate.report
 -- torch below this line

@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from sft_dist.errors import ConfigError
+from sft_dist.report.apart import write_report_apart
 from sft_dist.report.data import read_run
 from sft_dist.report.evaluation import evaluation_parts, p_text, shown_questions
 from sft_dist.report.figures import NUM_BUCKETS, Axis, decimate, smoothed, value_axis
 from sft_dist.report.pages import render_comparison, render_report, told_apart, write_report
 from sft_dist.report.parts import differences
-from sft_dist.train import write_report_apart
 from tests.unit.test_status import MadeRun, step_line
 
 
@@ -187,7 +187,7 @@ def test_a_report_that_cannot_be_written_is_said_and_no_more(run: MadeRun, caplo
     run.log_steps(1, 3)
     (run.directory / "report.html").mkdir()
     write_report_apart(run.directory, Console())
-    (record,) = (record for record in caplog.records if record.name == "sft_dist.train")
+    (record,) = (record for record in caplog.records if record.name == "sft_dist.report.apart")
     assert record.levelno == logging.WARNING
     assert "no report was written: error: " in record.getMessage()
     assert f"`sft-dist report {run.directory}` tries again" in record.getMessage()
