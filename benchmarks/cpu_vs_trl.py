@@ -344,7 +344,8 @@ class Bench:
         squares = sum(length**2 for length in self.rows.lengths) / self.rows.steps_per_epoch
         sizes = {"tokens": round(tokens), "responses": round(responses)}
         gemms = self._spawn(ours, task={"kind": "floor", "settings": sizes})[0].gemms
-        groups = self._spawn(ours, task={"num_profiled": NUM_PROFILED})[0].groups
+        num_profiled = min(NUM_PROFILED, num_steps - NUM_UNTIMED)  # a setting with few rows has few steps
+        groups = self._spawn(ours, task={"num_profiled": num_profiled})[0].groups
         flops = shape.step_flops(**sizes, sum_squares=round(squares))
         rate = sum(work for _, work in gemms.values()) / sum(seconds for seconds, _ in gemms.values())
         floor_s = flops / rate

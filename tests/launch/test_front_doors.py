@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -124,8 +125,13 @@ def test_a_second_run_starts_from_the_store_at_once(
     assert store.stat().st_mtime_ns == written
 
 
-def test_the_wheel_runs_the_demo_from_an_empty_directory(tmp_path: Path) -> None:
-    """Built, unpacked beside nothing of the checkout, and started where there is no file."""
+@pytest.fixture(scope="module")
+def wheel_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path]:
+    """Four steps of the demo by the wheel, unpacked beside nothing of the checkout and started where there is no file.
+
+    The directory that it left, what it said, and where the wheel lies.
+    """
+    tmp_path = tmp_path_factory.mktemp("wheel")
     run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT))
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     site, empty = tmp_path / "site", tmp_path / "empty"
@@ -140,8 +146,36 @@ def test_the_wheel_runs_the_demo_from_an_empty_directory(tmp_path: Path) -> None
         timeout=200,
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-    assert str(site) in process.stdout.replace("\n", ""), "the accelerate config is the wheel's own"
+    return empty, process.stdout, site
+
+
+def test_the_wheel_runs_the_demo_from_an_empty_directory(wheel_demo: tuple[Path, str, Path]) -> None:
+    empty, said, site = wheel_demo
+    assert str(site) in said.replace("\n", ""), "the accelerate config is the wheel's own"
     assert len(read_steps(empty / "demo" / "runs" / "demo" / "metrics.jsonl")) == 4
     assert (empty / "demo" / "runs" / "demo" / "model" / "model.safetensors").exists()
     for heading in ("closed_qa", "held-out response loss", "mean of tasks", "constant", "tokens/s"):
-        assert heading in process.stdout
+        assert heading in said
+
+
+def test_every_verb_takes_what_the_demo_left(
+    wheel_demo: tuple[Path, str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(wheel_demo[0])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    question = "Weight 70 kg, height 175 cm. BMI?"
+    for line, expected in {
+        "plan demo/recipe.yaml --processes 2": "zero2",
+        "lint demo/recipe.yaml": "verdict: ",
+        "inspect demo/recipe.yaml --example 0": "example 0",
+        "doctor demo/recipe.yaml --quick --offline": "demo/model: 0.5 M parameters",
+        "status demo/runs/demo": "finished",
+        "checkpoints demo/runs/demo": "step-00000004",
+        "report demo/runs/demo": "report.html",
+        f"generate demo/runs/demo --prompt '{question}' --max-new-tokens 8": "",
+        "export demo/runs/demo --dtype bf16 --output clinic-bf16": "clinic-bf16",
+        "evaluate --compare demo/runs/demo demo/runs/demo": "calculator",
+    }.items():
+        code = cli.main(shlex.split(line))
+        said = "".join(capsys.readouterr())
+        assert (code, expected in said) == (0, True), f"{line}: exit code {code}\n{said}"
