@@ -12,13 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from sft_dist.config import Source
 from sft_dist.data.prompts import Prompt, read_prompts
 from sft_dist.durable import replace_durably, sync
 from sft_dist.errors import ConfigError, DataError
-from sft_dist.generate import Answerer, Sampling, find_model
+from sft_dist.generate import Answerer, Sampling, find_model, hash_model
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,12 @@ def answer_rows(
     for prompt in prompts:
         if field in prompt.row:
             raise DataError(f"{prompt.origin}: the row has a field {field!r}; name another with --answer-field")
-    made = {"model": _digest(find_model(model)), "sampling": asdict(sampling), "batch_size": batch_size, "field": field}
+    made = {
+        "model": hash_model(find_model(model)),
+        "sampling": asdict(sampling),
+        "batch_size": batch_size,
+        "field": field,
+    }
     num_before = _go_on(output, prompts, made)
     if num_before == len(prompts):
         return Answered(len(prompts), num_before)
@@ -155,15 +158,3 @@ def _line(row: dict[str, Any]) -> str:
     except UnicodeEncodeError:  # half a surrogate pair in a field that nobody reads
         return json.dumps(row, default=str) + "\n"
     return line
-
-
-def _digest(model: Path) -> str:
-    """Hex digest of everything in a model's directory that decides an answer."""
-    digest = xxhash.xxh3_128()
-    for file in sorted(model.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model"):
-            digest.update(file.name.encode())
-            with file.open("rb") as handle:
-                while block := handle.read(2**24):
-                    digest.update(block)
-    return digest.hexdigest()

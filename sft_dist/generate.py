@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StoppingCriteriaList
@@ -69,6 +70,18 @@ def find_model(path: Path) -> Path:
     raise ConfigError(
         f"{path}: no model here (config.json is missing); name an exported model, or a finished run such as runs/<name>"
     )
+
+
+def hash_model(directory: Path) -> str:
+    """Hex digest of the files that decide what a model answers: weights, configuration and tokenizer, byte by byte."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".jinja", ".model"):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with file.open("rb") as handle:
+                while block := handle.read(2**24):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

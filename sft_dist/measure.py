@@ -1,6 +1,5 @@
 """`sft-dist evaluate`: a finished model on the held-out sets, its losses, answers and scores, on one rank or many."""
 
-import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import xxhash
 from rich.console import Console
 from torch import Tensor
 
@@ -36,7 +34,7 @@ from sft_dist.evaluation.answers import (
 )
 from sft_dist.evaluation.record import Evaluation, Losses, SetResult
 from sft_dist.evaluation.task_scores import task_scores, worst_answers
-from sft_dist.generate import Answerer, Sampling
+from sft_dist.generate import Answerer, Sampling, hash_model
 from sft_dist.model.answering import as_answering
 from sft_dist.model.attention import choose_backend
 from sft_dist.model.load import PackedModel, compute_dtype, dropout_rates, load_model, num_positions, read_config
@@ -192,7 +190,8 @@ def _answer(task: Task, section: ModelSection, kind: str, engine: OneRank, dtype
     directory = task.recipe.run.path / ANSWERS
 
     def fingerprint() -> str:
-        return fingerprint_answers(asked, model=hash_model(section), **settings)
+        model = fetch_model(section.path, section.revision, with_code=section.trust_remote_code)
+        return fingerprint_answers(asked, model=hash_model(model), **settings)
 
     found = gather_texts(on_main(fingerprint, world=world, device=task.device) or "", world=world)[0]
     log = AnswerLog(directory / f"{kind}-{found}", rank=world.rank)
@@ -222,18 +221,6 @@ def _answer(task: Task, section: ModelSection, kind: str, engine: OneRank, dtype
 
     on_main(write, world=world, device=task.device)
     return scored
-
-
-def hash_model(section: ModelSection) -> str:
-    """Hex digest of the files that decide what a model answers: weights and configuration, byte by byte."""
-    folder = fetch_model(section.path, section.revision, with_code=section.trust_remote_code)
-    digest = xxhash.xxh3_128()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as handle:
-            for block in iter(functools.partial(handle.read, 2**24), b""):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _results(task: Task, found: Measured, base: Measured | None) -> dict[str, SetResult]:

@@ -146,27 +146,13 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
     with watchdog.unhurried("resuming"):
         state, continuation = _resume(engine, job) if job.candidates else (job.first_state, None)
     job = job.continuing(state)
-
-    def record() -> tuple[int, bool]:
-        changes = continuation.changes if continuation else None
-        return record_start(
-            recipe.run.path,
-            state,
-            num_steps=job.schedule.num_steps,
-            came_from=continuation.path if continuation else None,
-            asked=job.resume.start,
-            changed=[*changes.curve, *changes.other] if changes else [],
-            config=recipe.to_yaml(),
-            earlier_reason=watchdog.earlier_reason,
-        )
-
-    attempt, is_new_curve = on_main(record, world=world, device=job.device) or (0, False)
+    attempt, is_new_curve = _record_start(job, state, continuation, earlier_reason=watchdog.earlier_reason)
     if world.is_main:
         said = show_banner(
             console, job, model=engine.model, agreement=agreement, continuation=continuation, attempt=attempt
         )
         note_start(job, banner=said)
-    # Weights that ZeRO-3 gathers and releases would leave holes in what is kept: its peak would be a sixth higher.
+    # Weights that ZeRO-3 gathers and releases would leave holes in what is kept: its peak would be a fifth higher.
     if job.device.type == "cpu" and not job.engine_name.startswith("zero3"):
         keep_freed_pages()
     state = _train(
@@ -189,6 +175,27 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
         write_report_apart(recipe.run.path, console)
     steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
     return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
+
+
+def _record_start(
+    job: Job, state: RunState, continuation: Continuation | None, *, earlier_reason: str
+) -> tuple[int, bool]:
+    """Note in run.json that the run goes on from `state`, on rank 0: which start it is, and if its curve is new."""
+    changes = continuation.changes if continuation else None
+
+    def record() -> tuple[int, bool]:
+        return record_start(
+            job.recipe.run.path,
+            state,
+            num_steps=job.schedule.num_steps,
+            came_from=continuation.path if continuation else None,
+            asked=job.resume.start,
+            changed=[*changes.curve, *changes.other] if changes else [],
+            config=job.recipe.to_yaml(),
+            earlier_reason=earlier_reason,
+        )
+
+    return on_main(record, world=job.world, device=job.device) or (0, False)
 
 
 def note_start(job: Job, *, banner: Sequence[tuple[str, str]]) -> None:

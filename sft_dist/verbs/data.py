@@ -1,9 +1,14 @@
 """prepare, inspect, lint: the data of a recipe."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sft_dist.verbs.words import Verbs, add_recipe_verb, count_from, recipe_path
+
+if TYPE_CHECKING:
+    from sft_dist.config import Recipe, Source
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -72,17 +77,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from sft_dist.errors import ConfigError
 
     recipe = load_recipe(recipe_path(arguments.recipe), arguments.overrides)
-    sources = recipe.data.train
-    if arguments.held_out or arguments.set is not None:
-        sets = recipe.data.held_out
-        if arguments.set is not None and arguments.set not in sets:
-            raise ConfigError(f"--set {arguments.set}: data.held_out has the sets {', '.join(sets) or 'none'}")
-        sources = sets[arguments.set] if arguments.set is not None else next(iter(sets.values()), ())
-    if not sources:
-        also = "; rows that data.held_out_share holds out are among those shown without --held-out"
-        raise ConfigError(
-            "data.held_out is empty: there is nothing held out to inspect" + also * bool(recipe.data.held_out_share)
-        )
+    sources = _inspected(recipe, held_out=arguments.held_out, name=arguments.set)
     console = make_console()
     store = open_or_prepare(recipe, sources, console=console)
     for index in arguments.example or ():
@@ -115,6 +110,24 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.html:
         print(f"page: {arguments.html} ({arguments.html.stat().st_size / 1e3:,.0f} kB)")
     return 0
+
+
+def _inspected(recipe: "Recipe", *, held_out: bool, name: str | None) -> Sequence["Source"]:
+    """The sources of the training data or of a held-out set, of which the first is meant where none is named."""
+    from sft_dist.errors import ConfigError
+
+    sets = recipe.data.held_out
+    if not held_out and name is None:
+        return recipe.data.train
+    if name is not None and name not in sets:
+        raise ConfigError(f"--set {name}: data.held_out has the sets {', '.join(sets) or 'none'}")
+    sources = sets[name] if name is not None else next(iter(sets.values()), ())
+    if not sources:
+        also = "; rows that data.held_out_share holds out are among those shown without --held-out"
+        raise ConfigError(
+            "data.held_out is empty: there is nothing held out to inspect" + also * bool(recipe.data.held_out_share)
+        )
+    return sources
 
 
 def _lint(arguments: argparse.Namespace) -> int:
