@@ -36,7 +36,7 @@ notebook: $(VENV)/installed
 mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py
 
-# Real faults on real processes, one engine each: a quarter of an hour. faults-full: on every engine that matters.
+# Real faults on real processes, one engine each: about 10 minutes. faults-full: on every engine that matters.
 faults: $(VENV)/installed
 	$(BIN)/python -m pytest tests/faults
 

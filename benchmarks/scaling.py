@@ -366,6 +366,15 @@ def tables() -> dict[str, str]:
     }
 
 
+def write(page: Path) -> None:
+    """The tables in the page, between their marks, and the plot beside it."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in tables().items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>{lines}\n\g<2>", text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
+    draw(page.with_suffix(".svg"))
+
+
 def draw(file: Path) -> None:
     import matplotlib
 
@@ -400,15 +409,19 @@ def draw(file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md and draw the plot")
-    if not parser.parse_args().write:
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        type=Path,
+        const=DOCS,
+        metavar="PAGE",
+        help="put the tables into docs/scaling.md, or a copy of it, and draw the plot beside it",
+    )
+    page: Path | None = parser.parse_args().write
+    if page is None:
         print("\n\n".join(tables().values()))
-        return
-    text = DOCS.read_text(encoding="utf-8")
-    for name, lines in tables().items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>{lines}\n\g<2>", text, flags=re.DOTALL)
-    DOCS.write_text(text, encoding="utf-8")
-    draw(DOCS.with_suffix(".svg"))
+    else:
+        write(page)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the next `attempt`; readers take the last attempt of a step and ignore a torn la
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,34 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         logger.warning("%s: %d lines cannot be read, the first is line %d", path, len(damaged), damaged[0])
 
 
+def ends_of(attempts: Iterable[int], starts: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """By attempt, the last step whose lines count: what a later one of `attempts` went back behind is gone.
+
+    attempts: those that wrote lines; one that ended before it did takes nothing back. starts: of run.json.
+    """
+    went_on = {start["attempt"]: start["after_step"] for start in starts}
+    ends, end = {}, math.inf
+    for attempt in sorted(set(attempts), reverse=True):
+        ends[attempt] = end
+        end = min(end, went_on.get(attempt, math.inf))
+    return ends
+
+
+def attempt_of(line: Mapping[str, Any]) -> int:
+    return int(line.get("attempt", 1))
+
+
+def read_counted(path: Path, starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The lines that count, in the order of steps: the last attempt of each, without what a later start undid."""
+    lines = list(read_lines(path))
+    ends = ends_of(map(attempt_of, lines), starts)
+    counted = [line for line in lines if line["step"] <= ends[attempt_of(line)]]
+    last = {(line["step"], *(line.get(key) for key in ("event", "set", "task"))): line for line in counted}
+    return sorted(last.values(), key=lambda line: int(line["step"]))
+
+
 def read_steps(path: Path) -> dict[int, dict[str, Any]]:
-    """The last attempt of each step, by step."""
+    """The last attempt of each step, by step; also steps that a later start went back behind."""
     return {line["step"]: line for line in read_lines(path) if line["event"] == "step"}
 
 

@@ -229,7 +229,8 @@ def _environment(starts: Sequence[Mapping[str, Any]]) -> str:
     known = {**(last.get("code") or {}), **{key: layout[key] for key in ("processes", "train.engine") if key in layout}}
     known |= {"device": layout["device"]} if "device" in layout else {}
     for key, value in (last.get("environment") or {}).items():
-        if isinstance(value, (str, int, float)) and "host" not in key:
+        # A command is full of paths, and the recipe says what it asked for.
+        if isinstance(value, (str, int, float)) and "host" not in key and key != "command":
             known[key] = value
     rows = [(key, public(str(value))) for key, value in known.items()]
     return "\n".join(["## Environment", "", *_table(("", ""), rows)])

@@ -144,10 +144,10 @@ class ConsoleTracker:
             return  # the banner says it
         is_due = metrics.step == self._num_steps or metrics.step % max(1, self._num_steps // 100) == 0
         if is_due or not metrics.applied:
-            skipped = f"  SKIPPED: {metrics.withheld}" * (not metrics.applied)
+            withheld = f"  WITHHELD: {metrics.withheld}" * (not metrics.applied)
             self._console.print(
                 f"step {metrics.step}/{self._num_steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
-                f"|g| {metrics.grad_norm:.3f}  {metrics.tokens_per_s:,.0f} tok/s{skipped}",
+                f"|g| {metrics.grad_norm:.3f}  {metrics.tokens_per_s:,.0f} tok/s{withheld}",
                 highlight=False,
             )
 
@@ -247,7 +247,7 @@ def start_trackers(recipe: Recipe, *, console: Console, num_steps: int, done: in
     peak_flops = all_peak_flops(next(reversed(read_starts(run_dir)), {}))
     shown: Tracker = ConsoleTracker(console, num_steps=num_steps)
     if can_be_live(console):
-        shown = LiveTracker(console, run_dir, done=done)
+        shown = LiveTracker(console, run_dir)
     trackers: list[Tracker] = [JsonlTracker(run_dir / METRICS), shown, ReplayTracker(replay)]
     if recipe.wandb is not None:
         trackers.append(WandbTracker(recipe, peak_flops=peak_flops))

@@ -39,7 +39,7 @@ from sft_dist.metrics import (
     ChangeMetrics,
     Replay,
     last_commit,
-    read_steps,
+    read_counted,
 )
 from sft_dist.model.export import write_export
 from sft_dist.model.verify import require_own_loss
@@ -51,7 +51,7 @@ from sft_dist.quiet import quiet_libraries
 from sft_dist.rank_log import flight_recorder_env, per_rank_log
 from sft_dist.report.apart import write_report_apart
 from sft_dist.run_files import CHECKPOINTS, LOCK, LOGS, METRICS, MODEL
-from sft_dist.run_record import amend_start, record_end, record_start
+from sft_dist.run_record import amend_start, read_starts, record_end, record_start
 from sft_dist.trackers import Trackers, start_trackers
 from sft_dist.watchdog import Watchdog
 from sft_dist.world import StopRequest, report_at_work
@@ -173,8 +173,9 @@ def _run(job: Job, *, console: Console, stop: StopRequest, watchdog: Watchdog, p
     watchdog.finish()
     if world.is_main and recipe.run.report:
         write_report_apart(recipe.run.path, console)
-    steps = read_steps(recipe.run.path / METRICS) if world.is_main else {}
-    return RunResult(state.step, finished, model_dir, sum(not step["applied"] for step in steps.values()))
+    lines = read_counted(recipe.run.path / METRICS, read_starts(recipe.run.path)) if world.is_main else []
+    num_withheld = sum(line["event"] == "step" and not line["applied"] for line in lines)
+    return RunResult(state.step, finished, model_dir, num_withheld)
 
 
 def _record_start(

@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 from sft_dist import run_files
 from sft_dist.environment import all_peak_flops
 from sft_dist.errors import BackendError, ConfigError
-from sft_dist.metrics import read_lines
+from sft_dist.metrics import read_counted
 from sft_dist.redact import redacted_tree
 from sft_dist.run_record import read_starts
 from sft_dist.wandb_process import Mode, Start, WandbFailureError, WandbProcess, make_run_id
@@ -23,7 +23,7 @@ def sync_run(
     init_timeout_s: float = 30.0,
     finish_timeout_s: float = 600.0,
 ) -> int:
-    """Send the last attempt of every record, and the config, under the run's own id; the number of records sent.
+    """Send every record that counts, and the config, under the run's own id; the number of records sent.
 
     What wandb has of the run is replaced, so that a second sync changes nothing and gaps of the first are closed.
     project: default: the recipe's. mode: offline only writes wandb's own files into the run directory.
@@ -34,7 +34,10 @@ def sync_run(
     project = project or settings.get("project")
     if not project:
         raise ConfigError(f"{run_dir}: the run's recipe has no wandb.project; name one with --project")
-    records = _last_attempts(run_dir / run_files.METRICS)
+    starts = read_starts(run_dir)
+    records = read_counted(run_dir / run_files.METRICS, starts)  # wandb takes steps in their order only
+    if not records:
+        raise ConfigError(f"{run_dir / run_files.METRICS}: no records; nothing to send")
     start = Start(
         project=project,
         name=run_dir.resolve().name,
@@ -46,7 +49,7 @@ def sync_run(
         stats_pid=None,
         init_timeout_s=init_timeout_s,
         finish_timeout_s=finish_timeout_s,
-        peak_flops=all_peak_flops(next(reversed(read_starts(run_dir)), {})),
+        peak_flops=all_peak_flops(next(reversed(starts), {})),
     )
     try:
         # What wandb has is replaced: not while the run itself is sending.
@@ -86,14 +89,3 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, this is {type(config).__name__}")
     return config
-
-
-def _last_attempts(path: Path) -> list[dict[str, Any]]:
-    """The records in the order of their steps, which is the only order that wandb takes.
-
-    Raises ConfigError where there are none.
-    """
-    last = {(line["step"], *(line.get(key) for key in ("event", "set", "task"))): line for line in read_lines(path)}
-    if not last:
-        raise ConfigError(f"{path}: no records; nothing to send")
-    return sorted(last.values(), key=lambda line: int(line["step"]))

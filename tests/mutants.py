@@ -1183,10 +1183,17 @@ MUTANTS = [
     ),
     Mutant(
         "the report counts what a later start went back behind",
-        "report/data.py",
-        'kept = {key: old for key, old in kept.items() if old["step"] <= after_step}',
-        "kept = dict(kept)",
+        "metrics.py",
+        'counted = [line for line in lines if line["step"] <= ends[attempt_of(line)]]',
+        "counted = lines",
         "unit/test_report.py::test_what_a_later_start_went_back_behind_is_gone",
+    ),
+    Mutant(
+        "the live view shows what a later start went back behind",
+        "live/state.py",
+        'if line["step"] > self._ends.get(attempt_of(line), math.inf):',
+        "if False:",
+        "unit/test_live.py::test_what_a_start_went_back_behind_is_not_shown",
     ),
     Mutant(
         "time left without saves and held-out losses",

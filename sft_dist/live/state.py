@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any
 
 from sft_dist.environment import all_peak_flops
 from sft_dist.metric_names import mfu_of
+from sft_dist.metrics import attempt_of, ends_of
 from sft_dist.run_files import METRICS
+from sft_dist.run_record import read_starts
 from sft_dist.status import RATE_STEPS, Pace, pace_of
 
 SMOOTH_STEPS = 25
@@ -44,11 +46,6 @@ class Curve:
         self.sums[place] += value
         self.counts[place] += 1
 
-    def cut(self, after_step: int) -> None:
-        """Forget what comes after a step, to the precision of a stretch."""
-        keep = math.ceil(after_step / self.steps_each)
-        del self.sums[keep:], self.counts[keep:]
-
     def columns(self, width: int) -> list[float | None]:
         """The curve in `width` columns or fewer; None where there is nothing."""
         num = min(width, len(self.sums))
@@ -71,11 +68,11 @@ class Best:
 
 
 class LiveState:
-    """A run as its lines tell it."""
+    """A run as its lines tell it, without what a start went back behind. A new start is a new state."""
 
-    def __init__(self, name: str, starts: Sequence[Mapping[str, Any]]) -> None:
-        """starts: of run.json, oldest first."""
-        self.name = name
+    def __init__(self, name: str, starts: Sequence[Mapping[str, Any]], *, attempts: Collection[int] = ()) -> None:
+        """starts: of run.json, oldest first. attempts: those that wrote lines, beside the newest."""
+        self.name, self.starts = name, starts
         self.curve = Curve()
         self.last: Mapping[str, Any] = {}
         """The newest line of a step."""
@@ -84,12 +81,10 @@ class LiveState:
         self.scores: dict[tuple[str, str], tuple[int, float]] = {}
         self.commit: Mapping[str, Any] = {}
         self.commit_time: float | None = None
-        self._withheld: set[int] = set()
-        self._begin(starts)
-
-    def _begin(self, starts: Sequence[Mapping[str, Any]]) -> None:
+        self.num_withheld = 0
         start = starts[-1] if starts else {}
         self.attempt = int(start.get("attempt", 1))
+        self._ends = ends_of({*attempts, self.attempt}, starts)
         self.num_steps: int | None = start.get("num_steps")
         self.after_step = int(start.get("after_step", 0))
         environment = start.get("environment") or {}
@@ -100,14 +95,10 @@ class LiveState:
         self.newest: deque[Mapping[str, Any]] = deque(maxlen=RATE_STEPS)
         self._num_steps_here, self._besides_s, self._tokens, self._seconds = 0, 0.0, 0, 0.0
 
-    def go_on(self, starts: Sequence[Mapping[str, Any]]) -> None:
-        """A new start of the run: what came after its first step is of no account any more."""
-        self._begin(starts)
-        self.curve.cut(self.after_step)
-        self._withheld = {step for step in self._withheld if step <= self.after_step}
-
     def feed(self, line: Mapping[str, Any], *, now: float | None = None) -> None:
         """Take one line. now: Unix time when it was written, if it was just now."""
+        if line["step"] > self._ends.get(attempt_of(line), math.inf):
+            return
         event = line["event"]
         if event == "step":
             self._feed_step(line)
@@ -117,19 +108,16 @@ class LiveState:
             self.scores[line["set"], line["task"]] = line["step"], line["score"]
         elif event == "commit":
             self.commit, self.commit_time = line, now
-        if line.get("attempt") == self.attempt:
+        if attempt_of(line) == self.attempt:
             self._besides_s += line.get("seconds", 0.0) * (event in ("held_out", "score")) + line.get("stall_s", 0.0)
 
     def _feed_step(self, line: Mapping[str, Any]) -> None:
-        if line.get("attempt") != self.attempt and line["step"] > self.after_step:
-            return  # trained again by now, or about to be
         self.last, loss = line, line["loss"]
         if loss is not None and math.isfinite(loss):
             self.curve.add(line["step"], loss)
             self.smoothed = loss if self.smoothed is None else self.smoothed + _SHARE * (loss - self.smoothed)
-        if not line["applied"]:
-            self._withheld.add(line["step"])
-        if line.get("attempt") == self.attempt:
+        self.num_withheld += not line["applied"]
+        if attempt_of(line) == self.attempt:
             self.newest.append(line)
             self._num_steps_here += 1
             self._tokens += line["tokens"]
@@ -146,10 +134,6 @@ class LiveState:
     @property
     def step(self) -> int:
         return int(self.last["step"]) if self.last else self.after_step
-
-    @property
-    def num_withheld(self) -> int:
-        return len(self._withheld)
 
     @property
     def pace(self) -> Pace | None:
@@ -206,6 +190,15 @@ class Follower:
                 continue
             if isinstance(record, dict) and "event" in record and type(record.get("step")) is int:
                 yield record
+
+
+def read_state(run_dir: Path) -> tuple[LiveState, Follower]:
+    """A run as its files tell it by now, and the reader of what is added to them."""
+    attempts = {attempt_of(line) for line in Follower(run_dir).new_lines()}
+    state, follower = LiveState(run_dir.name, read_starts(run_dir), attempts=attempts), Follower(run_dir)
+    for line in follower.new_lines():
+        state.feed(line)
+    return state, follower
 
 
 def clock(seconds_from_now: float) -> str:

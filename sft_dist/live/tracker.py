@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from sft_dist.errors import ConfigError
-from sft_dist.live.state import Follower, LiveState
+from sft_dist.live.state import read_state
 from sft_dist.live.view import MIN_COLUMNS, LiveView
 from sft_dist.metrics import ChangeMetrics, Metrics, StepMetrics, to_line
 from sft_dist.run_record import read_starts
@@ -32,13 +32,10 @@ def can_be_live(console: Console) -> bool:
 class LiveTracker:
     """Draws when a step is logged, never by a thread of its own: nothing runs beside the training."""
 
-    def __init__(self, console: Console, run_dir: Path, *, done: int) -> None:
-        """done: the step the run goes on after; the curve before it is read from metrics.jsonl."""
+    def __init__(self, console: Console, run_dir: Path) -> None:
+        """The start is in run.json by now; the curve before its first step is read from metrics.jsonl."""
         self._console = console
-        self._state = LiveState(run_dir.name, read_starts(run_dir))
-        for line in Follower(run_dir).new_lines():
-            if line["step"] <= done:
-                self._state.feed(line)
+        self._state, _ = read_state(run_dir)
         self._live = Live(console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
         self._due = 0.0
         self._closing = contextlib.ExitStack()
@@ -94,13 +91,11 @@ def watch(run_dir: Path, console: Console, *, every_s: float = WATCH_EVERY_S) ->
     """Show a run of this or another machine from its files, until it is over. Raises ConfigError without a terminal."""
     if not can_be_live(console):
         raise ConfigError(f"--watch draws on a terminal of {MIN_COLUMNS} columns or more; leave it out to be told once")
-    starts, follower = read_starts(run_dir), Follower(run_dir)
-    state = LiveState(run_dir.name, starts)
+    state, follower = read_state(run_dir)
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            starts = read_starts(run_dir)
-            if starts and (starts[-1]["attempt"] != state.attempt or state.num_steps is None):
-                state.go_on(starts)
+            if read_starts(run_dir) != state.starts:  # what it went back behind is of no account any more
+                state, follower = read_state(run_dir)
             for line in follower.new_lines():
                 state.feed(line)
             status = read_status(run_dir)

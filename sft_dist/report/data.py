@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import ConfigError, DataError
-from sft_dist.metrics import read_lines
+from sft_dist.metrics import read_counted
 from sft_dist.redact import redacted_tree
 from sft_dist.run_files import ANSWERS, CONFIG, EVALUATION, METRICS
 from sft_dist.run_record import read_interrupted, read_starts
@@ -167,18 +167,9 @@ def read_run(run_dir: Path) -> RunData:
 
 
 def _lines(path: Path, starts: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By event: the last attempt of each record; what a later start went back behind is gone."""
-    went_on = {start["attempt"]: start["after_step"] for start in starts}
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    attempt = 1
-    for line in read_lines(path):
-        if (newer := line.get("attempt", attempt)) > attempt:
-            attempt = newer
-            after_step = went_on.get(attempt, math.inf)
-            kept = {key: old for key, old in kept.items() if old["step"] <= after_step}
-        kept[line["event"], line["step"], line.get("set"), line.get("task")] = line
+    """Those that count, by event."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for line in sorted(kept.values(), key=lambda line: int(line["step"])):
+    for line in read_counted(path, starts):
         found.setdefault(line["event"], []).append(line)
     return found
 

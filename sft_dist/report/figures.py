@@ -119,7 +119,7 @@ class Chart:
                 for place in _places(np.array([mark.step]), across)
             ],
             "table": _table(shown, digits=self.digits),
-            "is_log": self.is_log,
+            "is_log": axis.is_log,
         }
 
 
@@ -201,8 +201,8 @@ def _step_ticks(across: Axis) -> list[dict[str, str]]:
 
 
 def _table(lines: Iterable[Line], *, digits: int) -> dict[str, Any]:
-    """Some of the values: the first and the last step of each line, and some between."""
-    columns = [line for line in lines if line.kind != "smooth"]
+    """Some of the values: the first and the last step of each line, and some between. What is smoothed is none."""
+    columns = [line for line in lines if (line.label, line.kind) != ("smoothed", "smooth")]
     steps = sorted({int(step) for line in columns for step in _some(line.series[0])})
     values = [dict(zip(line.series[0].tolist(), line.series[1].tolist(), strict=True)) for line in columns]
     rows = [

@@ -1,5 +1,6 @@
 """The curve of a run as a PNG, for a paper, a message or a README."""
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from sft_dist.report.charts import held_out_label
 from sft_dist.report.data import RunData
 from sft_dist.report.figures import decimate, smoothed
 
-INK, MUTED, RAW, SMOOTH, DOTS = "#1b2126", "#59636d", "#9fb8ad", "#0a6549", "#a3470a"
+INK, MUTED, RAW, SMOOTH = "#1b2126", "#59636d", "#9fb8ad", "#0a6549"
+DOTS = ("#a3470a", "#2f5fc4", "#a1266f", "#6b5900", "#007080", "#6a3fc0", "#4d5964")
 
 
 def write_png(path: Path, run: RunData) -> str:
@@ -24,8 +26,9 @@ def write_png(path: Path, run: RunData) -> str:
     finite = np.isfinite(raw[1])
     top.plot(*decimate((raw[0][finite], raw[1][finite])), color=RAW, linewidth=0.8, label="each step")
     top.plot(*smooth, color=SMOOTH, linewidth=1.8, label="smoothed")
-    for (name, series), marker in zip(run.held_out().items(), "osD^v*", strict=False):
-        top.plot(*series, marker, color=DOTS, markersize=5, label=_plain(held_out_label(name)))
+    looks = zip(cycle("osD^v*"), cycle(DOTS), strict=False)  # six and seven: 42 sets before two look alike
+    for (name, series), (marker, colour) in zip(run.held_out().items(), looks, strict=False):
+        top.plot(*series, marker, color=colour, markersize=5, label=_plain(held_out_label(name)))
     bottom.plot(*run.series("lr"), color=SMOOTH, linewidth=1.5)
     for axes in (top, bottom):
         for step in run.restarts():

@@ -35,6 +35,7 @@ MOVE_PIPES = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 )
 TIMEOUT_S = 30.0
+SCREENSHOTS = os.environ.get("SCREENSHOTS", "")
 
 VARIANTS = [(1280, 900, "light"), (1280, 900, "dark"), (360, 740, "light"), (360, 740, "dark")]
 """Width, height and colour scheme: desktop and phone."""
@@ -114,8 +115,12 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page, from top to bottom, as a PNG."""
+    def screenshot(self, name: str) -> None:
+        """The whole page, from top to bottom, as NAME.png in the folder that SCREENSHOTS names; nothing without one."""
+        if not SCREENSHOTS:
+            return
+        path = Path(SCREENSHOTS, f"{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
         shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 

@@ -117,6 +117,7 @@ def test_page_fits_is_silent_and_asks_for_nothing(
     browser: Page, shown: Shown, width: int, height: int, scheme: str
 ) -> None:
     browser.open(shown.path, width=width, height=height, scheme=scheme)
+    browser.screenshot(f"inspect-{width}-{scheme}")
     # Not innerWidth, which on a phone grows with what does not fit.
     assert browser.evaluate("document.scrollingElement.scrollWidth") <= width
     assert browser.evaluate(OUTSIDE) == [], "nothing is cut off at the right"

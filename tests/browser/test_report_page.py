@@ -125,6 +125,7 @@ def test_pages_fit_are_legible_silent_and_ask_for_nothing(
 ) -> None:
     path: Path = getattr(reported, which)
     browser.open(path, width=width, height=height, scheme=scheme)
+    browser.screenshot(f"report-{which}-{width}-{scheme}")
     assert browser.evaluate("document.scrollingElement.scrollWidth") <= width
     assert browser.evaluate(OUTSIDE) == []
     assert browser.requested() == [path.as_uri()]

@@ -19,9 +19,11 @@ from sft_dist import cli
 from sft_dist.data.conversation import Conversation, Origin, RawRow
 from sft_dist.data.rows import parse_row
 from tests import tiny
+from tests.unit.test_status import MadeRun
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,12 @@ class Run:
     """Run by this test, in a directory with the README's recipe, in the order of the table.
 
     also: words that are added, so that it is possible here. says: what comes out, at least. by: where all of it is run.
+    code: None where the machine decides: 1 if the doctor says that there are problems to mend.
     """
 
     says: str = ""
     also: str = ""
-    code: int = 0
+    code: int | None = 0
     by: str = ""
 
 
@@ -53,6 +56,10 @@ FRONT_DOORS = "tests/launch/test_front_doors.py::test_accelerate_torchrun_and_py
 LAUNCHED = "tests/launch/test_signals.py::test_two_signals_to_the_launcher_save_once_and_it_returns_0"
 HOSTS = "tests/launch/test_hosts.py::test_a_signal_on_one_host_stops_both_and_another_launcher_goes_on"
 PUSHED = "tests/launch/test_push.py::test_a_push_arrives_byte_for_byte_and_what_goes_wrong_is_one_line"
+TRIED = "tests/unit/test_doctor.py::test_two_processes_sum_and_train_three_steps"
+SCALED = (
+    "tests/unit/test_scaling.py::test_the_script_prints_its_tables_and_writes_them_into_a_page_with_the_plot_beside_it"
+)
 SUBMITTED = "tests/slurm/test_submit.py::test_prepare_train_evaluate"
 
 COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
@@ -66,7 +73,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
         "tests/launch/test_front_doors.py::test_the_wheel_runs_the_demo_from_an_empty_directory"
     ),
     "python -m pytest": Elsewhere("make test"),
-    "sft-dist doctor recipe.yaml": (Elsewhere("tests/unit/test_doctor.py::test_a_recipe_is_held_against_the_machine")),
+    "sft-dist doctor recipe.yaml": Run("data.train", also="--quick --offline", code=None, by=TRIED),
     "sft-dist plan recipe.yaml --gpus 8x80GB": Run("8x80GB"),
     "sft-dist lint recipe.yaml": Run("rows"),
     "sft-dist prepare recipe.yaml": Run("130 read, 130 kept"),
@@ -83,7 +90,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
     "sft-dist status runs/clinic --watch": (
         Elsewhere("tests/unit/test_live.py::test_watch_shows_a_run_of_another_process_and_ends_with_it")
     ),
-    "sft-dist report runs/clinic runs/clinic-2 -o compare.html": Elsewhere("tests/unit/test_report.py"),
+    "sft-dist report runs/clinic runs/clinic-2 -o compare.html": Run("report: compare.html"),
     "sft-dist evaluate recipe.yaml --before": Run("perplexity"),
     'sft-dist chat runs/clinic --system "You are a clinical calculator."': (
         Elsewhere("tests/launch/test_chat.py::test_a_conversation_in_a_terminal")
@@ -94,7 +101,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
     "sft-dist export runs/clinic --average 2 --push-to-hub owner/clinic": Elsewhere(PUSHED),
     # ------------------------------------------------------------ pages
     "sft-dist report runs/clinic": Run("report.html"),
-    "sft-dist report runs/a runs/b runs/c -o compare.html": Elsewhere("tests/unit/test_report.py"),
+    "sft-dist report runs/a runs/b runs/c -o compare.html": Run("report: compare.html"),
     "sft-dist evaluate recipe.yaml": Run("perplexity"),
     "sft-dist evaluate --compare runs/a runs/b": (
         Elsewhere("tests/launch/test_evaluate_answers.py::test_two_evaluations_are_compared")
@@ -120,14 +127,14 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
     ),
     "sft-dist export runs/clinic --dtype bf16 --output clinic-bf16": Run("clinic-bf16"),
     "sft-dist export runs/clinic --push-to-hub owner/clinic --private": Elsewhere(PUSHED),
-    "sft-dist doctor": Elsewhere("tests/unit/test_doctor.py::test_two_processes_sum_and_train_three_steps"),
-    "sft-dist doctor recipe.yaml --quick": (
-        Elsewhere("tests/unit/test_doctor.py::test_a_recipe_is_held_against_the_machine")
-    ),
+    "sft-dist doctor": Elsewhere(TRIED),
+    "sft-dist doctor recipe.yaml --quick": Run("data.train", also="--offline", code=None),
     "sft-dist doctor --offline --json": (
         Elsewhere("tests/unit/test_doctor.py::test_a_broken_machine_is_told_whole_and_ends_with_1")
     ),
-    "sft-dist import theirs.yaml --gpus 8 -o recipe.yaml": Elsewhere("tests/unit/test_migrate.py"),
+    "sft-dist import theirs.yaml --gpus 8 -o recipe.yaml": (
+        Elsewhere("tests/unit/test_migrate.py::test_the_examples_of_the_page_come_out_as_it_shows")
+    ),
     "sft-dist plan recipe.yaml": Run("this machine"),
     "sft-dist plan qwen3-8b-8x80gb --gpus 8x80GB": Run("zero3"),
     "sft-dist plan recipe.yaml --gpus 2x8xH100 --mfu 40 --tokens 50000000 --picture plan.svg": Run("plan.svg"),
@@ -154,8 +161,8 @@ COMMANDS: dict[str, Run | Elsewhere | NotRun] = {
         )  # it wants two GPUs
     ),
     "HOSTS=2 HOST_INDEX=0 MAIN_HOST=10.0.0.1 PORT=29500 launch/several_hosts.sh recipe.yaml": Elsewhere(HOSTS),
-    "python benchmarks/scaling.py": Elsewhere("tests/unit/test_scaling.py"),
-    "python benchmarks/scaling.py --write": Elsewhere("tests/unit/test_scaling.py"),
+    "python benchmarks/scaling.py": Elsewhere(SCALED),
+    "python benchmarks/scaling.py --write": Elsewhere(SCALED),  # into a copy of the page
     "rsync -a --exclude .venv --exclude runs ./ cluster:sft/ && ssh cluster": NotRun("it wants another machine"),
     "cd sft && make .venv/installed": Elsewhere("make test"),
     "cp slurm/site.sh ~/site.sh && nano ~/site.sh": NotRun("an editor"),
@@ -199,7 +206,8 @@ def test_what_is_said_to_run_a_command_exists() -> None:
             assert f"\n{how.by}\n" in re.sub(r"\w+=\w+ ", "", (ROOT / ".ci" / "run").read_text()), command
         else:
             file, _, name = how.by.partition("::")
-            assert f"def {name or 'test_'}" in (ROOT / file).read_text(), f"{command}: {how.by} does not exist"
+            assert name, f"{command}: {how.by} names a file; name the test in it"
+            assert f"def {name}(" in (ROOT / file).read_text(), f"{command}: {how.by} does not exist"
 
 
 @pytest.fixture
@@ -207,6 +215,11 @@ def directory(tmp_path: Path, tied_model: Path, monkeypatch: pytest.MonkeyPatch)
     """What the pages take for granted: the recipe of the README, with a tiny model, and data beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the processes that the doctor asks
+    for name in ("clinic-2", "a", "b", "c"):
+        run = MadeRun(tmp_path / "runs" / name)
+        run.start()
+        run.log_steps(1, 3)
     for place, seed in {
         "data/train": 0,
         "data/held_out": 1,
@@ -241,8 +254,9 @@ def test_commands_do_what_the_docs_say(directory: Path, capsys: pytest.CaptureFi
         words = words[3:] if words[0] == "python" else words[1:]
         code = cli.main([*words, *shlex.split(how.also)])
         said = "".join(capsys.readouterr())
-        if code != how.code or how.says not in said:
-            wrong.append(f"{command}: exit code {code}, expected {how.code} and {how.says!r} in\n{said}")
+        expected = int("mend the problems" in said) if how.code is None else how.code
+        if code != expected or how.says not in said:
+            wrong.append(f"{command}: exit code {code}, expected {expected} and {how.says!r} in\n{said}")
     assert not wrong, "\n".join(wrong)
     by_hand, logged = loss_by_hand(capsys)
     assert by_hand == pytest.approx(logged, abs=2e-6)
@@ -266,9 +280,9 @@ VERBS = next(a for a in cli.build_parser()._subparsers._group_actions).choices  
 SPAN = re.compile(r"(?<!`)`(sft-dist|make|python|python -m pytest|launch/\w+\.sh|slurm/\w+\.\w+) ([^`\n]+)`(?!`)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_the_text_name_what_exists(page: Path) -> None:
-    """Verbs and flags of sft-dist, targets of make, files that python is given."""
+    """Verbs and flags of sft-dist, targets of make, files that python is given, and flags of scripts."""
     targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.M)
     for program, rest in SPAN.findall(page.read_text(encoding="utf-8")):
         words = rest.split()
@@ -281,6 +295,10 @@ def test_commands_in_the_text_name_what_exists(page: Path) -> None:
         elif program.startswith("python"):
             paths = [word.split("::")[0] for word in words if word.endswith(".py") or word.startswith("tests/")]
             assert all((ROOT / path).exists() for path in paths), f"{page.name}: {program} {rest}"
+            if words[0].endswith(".py"):
+                source = (ROOT / words[0]).read_text(encoding="utf-8")
+                unknown = [word for word in words if word.startswith("--") and f'"{word}"' not in source]
+                assert not unknown, f"{page.name}: {program} {rest}: no {unknown}"
 
 
 def test_scripts_that_the_docs_start_can_be_started() -> None:

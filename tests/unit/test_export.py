@@ -174,6 +174,10 @@ def test_the_card_tells_what_the_model_was_made_from_and_nothing_of_the_machine(
     (run_dir / "evaluation.json").write_text(json.dumps({"model": str(run_dir / "model"), **sets}))
     weights = (run_dir / "model" / "model.safetensors").read_bytes()
     monkeypatch.setenv("SOME_API_KEY", "llama-secret-value")
+    command = "sft-dist train /home/alice/patients/r.yaml run.dir=/mnt/ward7"
+    record = json.loads((run_dir / "run.json").read_text())
+    record["starts"][-1]["environment"]["command"] = command
+    (run_dir / "run.json").write_text(json.dumps(record))
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("revision: null", f"revision: llama-secret-value-{SECRET}", 1))
     export(run_dir)
@@ -201,7 +205,7 @@ def test_the_card_tells_what_the_model_was_made_from_and_nothing_of_the_machine(
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.S)[1])
     assert recipe["optim"]["lr"] == 1e-3
     assert recipe["data"]["train"][0]["path"] == "train.jsonl"
-    for hidden in (str(run_dir.parents[1]), "/tmp", SECRET, "llama-secret-value", "a patient's name"):
+    for hidden in (str(run_dir.parents[1]), "/tmp", "alice", "ward7", SECRET, "llama-secret-value", "a patient's name"):
         assert hidden not in card, hidden
     export(run_dir, "--checkpoint", 2)
     earlier = (run_dir / "model-step-00000002" / "README.md").read_text()

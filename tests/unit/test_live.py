@@ -17,11 +17,10 @@ import pytest
 from rich.console import Console
 
 from sft_dist.errors import ConfigError
-from sft_dist.live.state import MAX_BINS, Curve, Follower, LiveState
+from sft_dist.live.state import MAX_BINS, Curve, Follower, LiveState, read_state
 from sft_dist.live.tracker import LiveTracker, can_be_live, watch
 from sft_dist.live.view import LiveView, flops_text, sparkline
-from sft_dist.metrics import CommitMetrics, HeldOutMetrics, to_line
-from sft_dist.run_record import read_starts
+from sft_dist.metrics import CommitMetrics, HeldOutMetrics, ScoreMetrics, to_line
 from sft_dist.trackers import ConsoleTracker
 from tests.unit.test_status import MadeRun, step_line
 
@@ -48,8 +47,6 @@ def test_a_curve_is_means_of_stretches_whatever_its_length() -> None:
     assert curve.columns(MAX_BINS)[0] == pytest.approx(sum(first) / len(first))
     (mean,) = curve.columns(1)
     assert mean == pytest.approx(sum(values.values()) / len(values))
-    curve.cut(after_step=curve.steps_each * 10)
-    assert len(curve.columns(MAX_BINS)) == 10
     assert Curve().columns(10) == []
 
 
@@ -98,18 +95,42 @@ def test_a_loss_that_is_not_finite_and_a_hostile_name_are_shown() -> None:
     assert "a[bold]\\x1b[2J" in text
 
 
-def test_a_new_start_takes_back_what_came_after_it() -> None:
-    state = LiveState("r", [start()])
-    for step in range(1, 51):
-        state.feed(to_line(step_line(step, applied=step != 45)))
-    assert (state.step, state.num_withheld) == (50, 1)
-    state.go_on([start(), start(2, after_step=40)])
-    assert state.num_withheld == 0
-    assert len(state.curve.columns(MAX_BINS)) == 40
-    for step in range(41, 44):
-        state.feed(to_line(step_line(step, attempt=2)))
-    assert state.step == 43
-    assert "1 restart, now on from step 40" in shown(state)
+def test_what_a_start_went_back_behind_is_not_shown(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "r")
+    run.start()
+    for steps, loss in ((range(1, 51), 2.0), (range(51, 101), 1.0)):
+        run.log(*(step_line(step, loss=loss, applied=step != 95) for step in steps))
+        last = steps[-1]
+        run.log(HeldOutMetrics(last, loss / 2, 10, 100, 1.0, 1), CommitMetrics(last, 1000, 0.0, 1.0, 1))
+        run.log(ScoreMetrics(last, "held_out", "bmi", "numeric", loss / 4, 10, 1.0, 1))
+    state, _ = read_state(run.directory)
+    assert (state.step, state.num_withheld, state.held_out["held_out"].best_loss) == (100, 1, 0.5)
+    run.start(after_step=50)
+    state, follower = read_state(run.directory)
+    assert (state.step, state.num_withheld, len(state.curve.columns(MAX_BINS))) == (50, 0, 50)
+    assert state.smoothed == 2.0
+    assert state.scores == {("held_out", "bmi"): (50, 0.5)}
+    text = shown(state)
+    assert "least" not in text
+    assert "step 50, 0.0 MB" in text
+    assert "1 restart, now on from step 50" in text
+    run.log_steps(51, 53, loss=3.0, attempt=2)
+    for line in follower.new_lines():
+        state.feed(line)
+    assert state.step == 53
+
+
+def test_only_starts_that_trained_take_something_back(tmp_path: Path) -> None:
+    """The second trained steps 41 to 45 again, the third failed before it wrote a line."""
+    run = MadeRun(tmp_path / "r")
+    run.start()
+    run.log_steps(1, 50, loss=1.0)
+    run.start(after_step=40)
+    run.log_steps(41, 45, loss=2.0, attempt=2)
+    run.start(after_step=20)
+    run.start(after_step=45)
+    state, _ = read_state(run.directory)
+    assert state.curve.columns(MAX_BINS) == [1.0] * 40 + [2.0] * 5
 
 
 def test_a_follower_reads_whole_lines_once(tmp_path: Path) -> None:
@@ -135,7 +156,7 @@ def test_plain_lines_stay_what_they_were_where_there_is_no_terminal() -> None:
     numbers = "loss 2.5000  lr 1.00e-03  |g| 1.000  1,600 tok/s"
     assert out.getvalue().splitlines() == [
         f"step 3/300  {numbers}",
-        f"step 5/300  {numbers}  SKIPPED: loss not finite",
+        f"step 5/300  {numbers}  WITHHELD: loss not finite",
         f"step 6/300  {numbers}",
         "held-out loss 1.2500 after step 6 (10 examples)",
         "checkpoint of step 6: 2.0 MB in 1.5 s, training stood still for 0.25 s",
@@ -158,7 +179,7 @@ def test_drawing_is_throttled_to_a_small_share_of_the_time(tmp_path: Path, monke
     drawn = []
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     monkeypatch.setattr("sft_dist.live.tracker.time.monotonic", lambda: now[0])
-    tracker = LiveTracker(console, run.directory, done=0)
+    tracker = LiveTracker(console, run.directory)
     render = tracker._live.update
 
     def slow_render(*args: Any, **how: Any) -> None:
@@ -183,7 +204,7 @@ from sft_dist.console import make_console
 from sft_dist.live.tracker import LiveTracker
 from sft_dist.metrics import HeldOutMetrics
 from tests.unit.test_status import step_line
-tracker = LiveTracker(make_console(), Path(sys.argv[1]), done=0)
+tracker = LiveTracker(make_console(), Path(sys.argv[1]))
 for step in range(1, 41):
     tracker.log(step_line(step, loss=4 / step, applied=step != 7, withheld=None if step != 7 else "loss not finite"))
     if step == 10:
@@ -265,18 +286,24 @@ def test_watch_shows_a_run_of_another_process_and_ends_with_it(tmp_path: Path, m
         watch(run.directory, Console(file=io.StringIO()))
 
 
-def test_watch_follows_a_restart(tmp_path: Path) -> None:
-    """The reader sees the second start in run.json before, or after, its lines."""
+def test_watch_follows_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     run = MadeRun(tmp_path / "r")
-    run.start()
+    run.start(num_steps=40)
     run.log_steps(1, 30)
-    follower = Follower(run.directory)
-    state = LiveState("r", read_starts(run.directory))
-    for line in follower.new_lines():
-        state.feed(line)
-    run.start(after_step=20)
-    state.go_on(read_starts(run.directory))
-    run.log_steps(21, 22, attempt=2)
-    for line in follower.new_lines():
-        state.feed(line)
-    assert (state.step, state.attempt) == (22, 2)
+    run.beats()
+    done = iter((lambda: run.start(after_step=20, num_steps=40), lambda: run.log_steps(21, 25, attempt=2), run.end))
+    pictures = []
+
+    def sleep(_: float) -> None:
+        pictures.append(out.getvalue())
+        out.seek(0)
+        out.truncate()
+        next(done)()
+
+    monkeypatch.setattr("sft_dist.live.tracker.time.sleep", sleep)
+    out = io.StringIO()
+    watch(run.directory, Console(file=out, width=100, force_terminal=True, color_system=None))
+    pictures.append(out.getvalue())
+    for step, picture in zip((30, 20, 25, 25), pictures, strict=True):
+        assert f"step {step} of 40" in picture

@@ -15,6 +15,7 @@ from sft_dist.metrics import (
     Replay,
     StepMetrics,
     last_commit,
+    read_counted,
     read_held_out,
     read_lines,
     read_steps,
@@ -61,6 +62,24 @@ def test_the_last_attempt_of_a_step_counts(path: Path) -> None:
     write(path, step(1, 2.0), step(2, 3.0), step(1, 1.0, attempt=2))
     assert {number: line["loss"] for number, line in read_steps(path).items()} == {1: 1.0, 2: 3.0}
     assert read_held_out(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("starts", "losses"),
+    [
+        ([], [1.0, 2.0, 2.0, 1.0, 1.0]),
+        ([(1, 0), (2, 1)], [1.0, 2.0, 2.0]),
+        ([(1, 0), (2, 1), (3, 0)], [1.0, 2.0, 2.0]),  # the third has not trained yet
+    ],
+)
+def test_steps_that_a_later_start_went_back_behind_do_not_count(
+    path: Path, starts: list[tuple[int, int]], losses: list[float]
+) -> None:
+    write(path, *(step(number, 1.0) for number in range(1, 6)), step(2, 2.0, attempt=2), step(3, 2.0, attempt=2))
+    write(path, CommitMetrics(3, 1, 0.0, 0.0, 2))
+    lines = read_counted(path, [{"attempt": attempt, "after_step": after} for attempt, after in starts])
+    assert [line["loss"] for line in lines if line["event"] == "step"] == losses
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
 
 
 def test_a_torn_last_line_is_ignored_and_repaired(path: Path) -> None:

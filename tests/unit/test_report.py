@@ -11,12 +11,15 @@ import pytest
 from rich.console import Console
 
 from sft_dist.errors import ConfigError
+from sft_dist.metrics import HeldOutMetrics
 from sft_dist.report.apart import write_report_apart
+from sft_dist.report.charts import other_charts, speed_charts
 from sft_dist.report.data import read_run
 from sft_dist.report.evaluation import evaluation_parts, p_text, shown_questions
 from sft_dist.report.figures import NUM_BUCKETS, Axis, decimate, smoothed, value_axis
 from sft_dist.report.pages import render_comparison, render_report, told_apart, write_report
 from sft_dist.report.parts import differences
+from sft_dist.report.png import write_png
 from tests.unit.test_status import MadeRun, step_line
 
 
@@ -162,6 +165,31 @@ def test_differences_are_those_of_the_recipes_but_names(tmp_path: Path) -> None:
         ("data.train[0].weight", ["0", "1"]),
     ]
     assert "2 runs compared" in render_comparison(apart)
+
+
+def test_a_table_has_every_line_of_its_chart_but_smoothed_ones(run: MadeRun) -> None:
+    run.log_steps(1, 3, lr=1e-3, grad_norm=0.0, peak_memory_bytes=2**31, memory_bytes=2**30)
+    found = read_run(run.directory)
+    drawn = {chart.title: chart.drawn() for chart in other_charts(found) + speed_charts(found)}
+    assert drawn["Learning rate"]["table"] == {"names": ["lr"], "rows": [[str(step), "0.001"] for step in (1, 2, 3)]}
+    assert drawn["Memory"]["table"]["names"] == ["peak so far", "after a step"]
+    assert drawn["Memory"]["table"]["rows"][0] == ["1", "2", "1"]
+    assert drawn["Gradient norm"]["table"]["names"] == ["each step"]
+    assert not drawn["Gradient norm"]["is_log"], "zeros have no logarithm: the axis is linear"
+
+
+def test_the_png_has_every_held_out_set(run: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    run.log_steps(1, 3)
+    names = [f"set {number}" for number in range(9)]
+    run.log(*(HeldOutMetrics(3, 1.0, 10, 100, 1.0, 1, set=name) for name in names))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    write_png(run.directory / "curve.png", read_run(run.directory))
+    lines = {line.get_label(): (line.get_marker(), line.get_color()) for line in drawn[0].axes[0].lines}
+    assert [f"held out: {name}" in lines for name in names] == [True] * 9
+    assert len({lines[f"held out: {name}"] for name in names}) == 9
 
 
 def test_without_matplotlib_the_page_is_whole_and_says_how_to_get_the_png(

@@ -1,6 +1,10 @@
 """The simulator of docs/scaling.md conserves what it moves, and the page says what it prints."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +14,8 @@ import pytest
 from benchmarks import scaling
 from benchmarks.scaling import H100, H100_SLOW, MODELS, PUBLISHED, WORLD_SIZES, Sharding, Step, Transfer, Work
 
-DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "scaling.md"
 SHAPE = MODELS["Qwen3-8B"]
 P = SHAPE.num_params
 WORK = Work(flops=SHAPE.step_flops(tokens=32_768, responses=8_192, sum_squares=32_768 * 1024), micro_steps=2)
@@ -152,3 +157,22 @@ def test_shapes_of_published_models_have_their_published_size(shape: object, par
 def test_the_page_holds_the_tables_that_the_script_prints(name: str) -> None:
     table = f"<!-- {name} -->\n{scaling.tables()[name]}\n<!-- end -->"
     assert table in DOCS.read_text(encoding="utf-8"), "run: python benchmarks/scaling.py --write"
+
+
+def run_script(*words: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), *words]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environ, timeout=120, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_script_prints_its_tables_and_writes_them_into_a_page_with_the_plot_beside_it(tmp_path: Path) -> None:
+    assert run_script() == "\n\n".join(scaling.tables().values()) + "\n"
+    whole, page = DOCS.read_text(encoding="utf-8"), tmp_path / "page.md"
+    page.write_text(re.sub(r"^\|.*\n", "", whole, flags=re.M), encoding="utf-8")
+    run_script("--write", str(page))
+    for name, lines in scaling.tables().items():
+        assert f"<!-- {name} -->\n{lines}\n<!-- end -->" in page.read_text(encoding="utf-8")
+    drawn = (tmp_path / "page.svg").read_text(encoding="utf-8")
+    assert drawn.count("ZeRO-3, 400 Gbit/s") >= 1
+    assert all(model in drawn for model in MODELS)
+    assert DOCS.read_text(encoding="utf-8") == whole

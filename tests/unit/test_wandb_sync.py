@@ -15,19 +15,21 @@ pytestmark = pytest.mark.usefixtures("no_wandb_of_the_machine")
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Steps 1 to 4, of which 3 was replayed; a held-out loss; a torn last line."""
+    """Steps 1 to 4, of which 3 was replayed; 5 of the first attempt; a held-out loss; a torn last line."""
     directory = tmp_path / "runs" / "r"
     directory.mkdir(parents=True)
     config = {"run": {"name": "r"}, "model": {"path": "https://ann:opensesame@host/m"}, "wandb": {"project": "p"}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [
         *({"event": "step", "step": step, "loss": step / 10, "grad_norm": None, "attempt": 1} for step in (1, 2)),
-        {"event": "step", "step": 3, "loss": 0.777, "attempt": 1},
+        *({"event": "step", "step": step, "loss": 0.777, "attempt": 1} for step in (3, 4, 5)),
         {"event": "step", "step": 3, "loss": 0.25, "attempt": 2},
         {"event": "step", "step": 4, "loss": 0.4, "attempt": 2},
         {"event": "held_out", "step": 3, "held_out_loss": 2.0, "attempt": 2},
         {"event": "change", "step": 3, "changed": ["optim.lr"], "attempt": 2},
     ]
+    starts = [{"attempt": attempt, "after_step": after_step} for attempt, after_step in ((1, 0), (2, 2))]
+    (directory / "run.json").write_text(json.dumps({"starts": starts}))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "st')
     return directory
 
