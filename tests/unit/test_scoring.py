@@ -49,6 +49,20 @@ def test_white_space_does_not_count_but_case_does() -> None:
         ("22,9", ["22.9"]),
         ("-3.5 \u22123 +2", ["-3.5", "-3", "2"]),
         ("1.5 x 10^9/L or 1.5\u00d710\u2079/L", ["1.5e+09 /L", "1.5e+09 /L"]),
+        ("1.5x10^9/L, 1.5\u00d710\u2079/L and 2x10**-3", ["1.5e+09 /L", "1.5e+09 /L", "0.002"]),
+        ("1.5 x 10*9/L, 4.5 10*9/L, 4.5 10^9/L", ["1.5e+09 /L", "4.5e+09 /L", "4.5e+09 /L"]),
+        ("1.5 x 109/L, 4 x 1012/L, 7 x 10 9/L", ["1.5e+09 /L", "4e+12 /L", "7e+09 /L"]),  # superscripts lost
+        ("2 x 10-3 mol, 2 x 10\u207b\u00b3 mol", ["0.002 mol", "0.002 mol"]),
+        ("2 x 100 mg, 5 x 1000 mL", ["2", "100 mg", "5", "1000 mL"]),  # doses, not powers of ten
+        ("2 x 105 mg, 2 x 10-20 mg, 2 x 10 mg", ["2", "105 mg", "2", "10-20 mg", "2", "10 mg"]),
+        ("5 * 10*3 mg", ["5", "10", "3 mg"]),
+        ("3x daily", []),
+        ("4-11 x 10^9/L, 50 to 1.2 x 10^2", ["4e+09-1.1e+10 /L", "50-120"]),
+        ("5\n* 10^2\n* 10-5", ["5", "10", "2", "10", "5"]),  # bullets
+        ("0.5 mg to 2 g, 500 mg-2 g", ["0.0005-2 g", "0.5-2 g"]),
+        ("30 s to 45 min", ["0.5-45 min"]),
+        ("5 mg to 2 mL, 5 g to 2 mg, 5 mg to 10", ["5 mg", "2 mL", "5 g", "2 mg", "5-10 mg"]),
+        ("37 degrees Celsius, 98.6 Fahrenheit", ["37 degrees Celsius", "98.6 Fahrenheit"]),
         ("2.5e-3 g", ["0.0025 g"]),
         ("12%", ["12 %"]),
         ("8-10 mEq/L, 8 to 10, 8\u201310", ["8-10 mEq/L", "8-10", "8-10"]),
@@ -90,6 +104,9 @@ def test_whatever_is_written_is_read(value: float, unit: str) -> None:
         ("154.3 lb", "70 kg", {"relative": 0.001}),
         ("5 ft", "152.4 cm", {}),
         ("98.6 F", "37 \u00b0C", {"absolute": 0.01}),
+        ("98.6 degrees Fahrenheit", "37 Degrees Celsius", {"absolute": 0.01}),
+        ("1 g", "500 mg to 2 g", {}),
+        ("6.2x10^9/L", "4.0-11.0 x 10\u2079/L", {}),
         ("1500 mcg", "1.5 mg", {}),
         ("1.5 \u00b5g/kg/min", "0.0015 mg/kg/min", {}),
         ("60 bpm", "1 Hz", {}),
@@ -121,6 +138,8 @@ def test_numbers_that_are_right(answer: str, truth: str, options: dict[str, obje
         ("7-9", "8-10", {}, ""),
         ("none", "64", {}, "no number"),
         ("64 * 1", "64", {}, "1, expected 64"),  # parsed, not evaluated: the last number
+        ("2 x 100 mg", "200 mg", {}, "100 mg, expected 200 mg"),
+        ("0.1 g", "0.5 mg to 2 mg", {}, "100 mg"),
     ],
 )
 def test_numbers_that_are_wrong(answer: str, truth: str, options: dict[str, object], why: str) -> None:
