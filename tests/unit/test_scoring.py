@@ -180,6 +180,54 @@ def test_another_choice_several_or_none_are_wrong(answer: str) -> None:
     assert score_choice(answer, "B. Pulmonary embolism", prompt=PROMPT).value == 0
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["A, C", "A; C", "A) or C)", "A\nC", "A/C", "A & C", "(A), (C)", "A - C", "**A** and **C**", "a, c", "A. C.",
+     "A.\n\nC.", "A, B and C", "A, B or C is right", "A, C are both right", "A) Pneumonia, C) Myocardial infarction",
+     "A. Pneumonia\nC. Myocardial infarction", "Answer: A, C", "The answer is A or C.", "The answer is A, C",
+     "I would say A/C", "A (lungs) or C (heart)", "Pneumonia or myocardial infarction"],
+)  # fmt: skip
+def test_a_list_of_options_chooses_none(answer: str) -> None:
+    for truth in ("A", "C"):
+        score = score_choice(answer, truth, prompt=PROMPT)
+        assert (score.value, score.is_valid, score.why) == (0, False, "no single choice")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["A. Because C is wrong.", "A. C is wrong.", "A; C is too late", "A\nC is wrong", "A. B and C are less likely.",
+     "A\n\nB: too late\nC: no pain", "A. Pneumonia\n\nB. Pulmonary embolism is less likely", "A) a lung disease",
+     "A, a lung disease, and so not B", "A. Pneumonia. C-reactive protein is high", "A: C-reactive protein is high",
+     "A, Z", "A, A", "The answer is A. C is wrong.", "The answer is A, as B would begin at once",
+     "A - B is rare in the young", "A, C\nAnswer: A"],
+)  # fmt: skip
+def test_prose_behind_a_choice_is_no_list(answer: str) -> None:
+    assert score_choice(answer, "A", prompt=PROMPT).value == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("Aspirin and clopidogrel", "B"), ("It is aspirin and clopidogrel.", "B"), ("B", "B"), ("aspirin", "A"),
+     ("Give aspirin", "A"), ("Aspirin, not aspirin and clopidogrel", None), ("Vitamin B", "C"), ("D. B", "D"),
+     ("E. coli", "E"), ("D. B, A", None), ("Answer: vitamin b.", "C")],
+)  # fmt: skip
+def test_an_options_text_may_hold_another_ones_or_a_letter(answer: str, letter: str | None) -> None:
+    prompt = "Which?\nA) Aspirin\nB) Aspirin and clopidogrel\nC) Vitamin B\nD) B\nE) E. coli"
+    for truth in options_in(prompt):
+        assert score_choice(answer, truth, prompt=prompt).value == (truth == letter)
+    if letter is not None:
+        assert score_choice(letter, answer, prompt=prompt).value == 1, "as a truth it is the same option"
+
+
+def test_options_that_differ_in_signs_alone_are_not_told_apart_by_their_words() -> None:
+    assert not score_choice("It is >5 mg", "B", prompt="Which?\nA) <5 mg\nB) >5 mg").is_valid
+
+
+def test_a_truth_that_lists_options_is_compared_as_words() -> None:
+    assert score_choice("A; C", "A, C", prompt=PROMPT).value == 1
+    assert score_choice("A", "A, C", prompt=PROMPT).value == 0
+
+
 def test_a_label_without_options_is_compared_as_text() -> None:
     assert score_choice("Stage 2 hypertension.", "stage 2 hypertension", prompt="Which stage?").value == 1
     assert score_choice("Stage 1 hypertension", "stage 2 hypertension", prompt="Which stage?").value == 0
