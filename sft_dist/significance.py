@@ -91,6 +91,11 @@ def paired_test(
     return permutation(differences, seed=seed), "permutation"
 
 
+def p_text(p_value: float) -> str:
+    """A p-value as tables show it: two digits, and a bound below 0.0001."""
+    return f"{p_value:.2g}" if p_value >= 1e-4 else "< 0.0001"
+
+
 def _blocks(width: int) -> list[int]:
     """Rows of the resamples, so many at a time that a block fits into memory."""
     rows = max(1, min(NUM_RESAMPLES, _BLOCK // width))

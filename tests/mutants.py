@@ -1042,6 +1042,20 @@ MUTANTS = [
         "unit/test_scoring.py::test_numbers_that_are_wrong",
     ),
     Mutant(
+        "a dose is taken for a power of ten",
+        "scoring/numeric.py",
+        r"?([1-9]\d?){_PER}|([-",
+        r"?(\d\d?)|([-",
+        "unit/test_scoring.py::test_numbers_are_found_with_their_units",
+    ),
+    Mutant(
+        "a list of options chooses its first",
+        "scoring/choice.py",
+        "(possible if possible or not _JOINED.search(item[1]) else certain).add(letter)",
+        "possible.add(letter)",
+        "unit/test_scoring.py::test_a_list_of_options_chooses_none",
+    ),
+    Mutant(
         "batches are formed from what a rank was dealt",
         "answering.py",
         "    batches = form_batches([len(question.ids) for question in questions], batch_size=batch_size)\n"

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
+from sft_dist.data.shown import safe
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.evaluation.answers import ANSWERS, Scored, read_scored
 from sft_dist.evaluation.report import print_tasks, print_worst
@@ -29,7 +31,8 @@ class Comparison:
 def compare(first: Path, second: Path) -> Comparison:
     """Compare the answers of two runs, or two files of scored answers, as before and after.
 
-    Raises ConfigError where there are no answers, none in common, or two metrics for one task.
+    Raises ConfigError where there are no answers or none in common; DataError for a prompt that was not scored by one
+    metric against one truth.
     """
     before, after = (read_scored(_answers_of(path)) for path in (first, second))
     was = {(answer.set, answer.id, answer.task): answer for answer in before}
@@ -41,7 +44,7 @@ def compare(first: Path, second: Path) -> Comparison:
     for old, new in pairs:
         if (old.metric, old.truth) != (new.metric, new.truth):
             raise DataError(
-                f"{new.id}: was scored as {old.metric} against {old.truth!r}, "
+                f"{safe(new.id)}: was scored as {old.metric} against {old.truth!r}, "
                 f"and as {new.metric} against {new.truth!r}; evaluate both again under one recipe"
             )
     old_ones, new_ones = [old for old, _ in pairs], [new for _, new in pairs]
@@ -56,7 +59,7 @@ def compare(first: Path, second: Path) -> Comparison:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """A table a set, and answers that became worse."""
     for name, tasks in comparison.tasks.items():
-        console.rule(name)
+        console.rule(Text(safe(name)))
         print_tasks(tasks, console)
     if comparison.num_unpaired:
         console.print(

@@ -21,8 +21,8 @@ class Losses:
 
     @property
     def perplexity(self) -> float:
-        """exp(token_mean)."""
-        return math.exp(self.token_mean) if self.token_mean < 700 else math.inf
+        """exp(token_mean); NaN of NaN."""
+        return math.inf if self.token_mean >= 700 else math.exp(self.token_mean)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Evaluation:
     sets: Mapping[str, SetResult]
 
     def to_json(self) -> str:
-        """The losses of the first set stand at the top as well."""
+        """The losses of the first set stand at the top as well; one that is not finite is null."""
         first = next(iter(self.sets.values()))
         found = {
             "model": self.model,
@@ -63,8 +63,8 @@ class Evaluation:
 
 
 def _losses(losses: Losses) -> dict[str, Any]:
-    perplexity = losses.perplexity
-    return {**asdict(losses), "perplexity": perplexity if math.isfinite(perplexity) else None}
+    found = {**asdict(losses), "perplexity": losses.perplexity}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _set(result: SetResult) -> dict[str, Any]:

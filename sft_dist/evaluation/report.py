@@ -6,10 +6,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sft_dist.data.shown import escape
+from sft_dist.data.shown import escape, safe
 from sft_dist.evaluation.answers import Scored
 from sft_dist.evaluation.record import Evaluation, Losses
-from sft_dist.evaluation.task_scores import Earlier, TaskScore, mean_score
+from sft_dist.evaluation.task_scores import TaskScore, mean_score
+from sft_dist.significance import p_text
 
 NUM_PROMPT_LINES = 6
 TESTS = {"mcnemar": "exact McNemar", "permutation": "paired permutation"}
@@ -17,11 +18,11 @@ TESTS = {"mcnemar": "exact McNemar", "permutation": "paired permutation"}
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print all sets."""
-    console.print(Text(f"{evaluation.model} ({evaluation.dtype}, {evaluation.seconds:.0f} s)", style="bold"))
+    console.print(Text(safe(f"{evaluation.model} ({evaluation.dtype}, {evaluation.seconds:.0f} s)"), style="bold"))
     if evaluation.base is not None:
-        console.print(Text(f"before: {evaluation.base}"))
+        console.print(Text(safe(f"before: {evaluation.base}")))
     for name, result in evaluation.sets.items():
-        console.rule(name)
+        console.rule(Text(safe(name)))
         print_losses(result.losses, result.before, console)
         for cause, count in result.left_out.items():
             console.print(f"{count:,} rows are not asked: {cause.replace('_', ' ')}", highlight=False)
@@ -57,8 +58,8 @@ def print_tasks(tasks: Mapping[str, TaskScore], console: Console) -> None:
         cells += [f"{task.constant[1]:.1%}" if task.constant else ""] * has_constant
         cells += [f"{task.before.score:.1%}" if task.before else ""] * has_before
         cells += [f"{task.score:.1%}", f"{100 * task.ci[0]:.1f} to {100 * task.ci[1]:.1f}"]
-        cells += [_p_value(task.before)] * has_before
-        table.add_row(*map(Text, cells))
+        cells += [p_text(task.before.p_value) if task.before else ""] * has_before
+        table.add_row(*(Text(safe(cell)) for cell in cells))
     if len(tasks) > 1:
         before = mean_score(task.before for task in tasks.values() if task.before is not None)
         cells = ["mean of tasks", "", f"{sum(task.n for task in tasks.values()):,}"] + [""] * has_constant
@@ -66,13 +67,14 @@ def print_tasks(tasks: Mapping[str, TaskScore], console: Console) -> None:
         table.add_row(*map(Text, cells + [""] * has_before), style="bold")
     console.print(table)
     for line in _remarks(tasks):
-        console.print(Text(line, style="dim"))
+        console.print(Text(safe(line), style="dim"))
 
 
 def print_worst(worst: Sequence[Scored], console: Console) -> None:
     """Prompt, truth and answer of the worst answers, cut where they are long."""
     for answer in worst:
-        console.print(Text(f"\n{answer.score:.0%}  {answer.task}  {answer.id}  ({answer.why})", style="bold"))
+        heading = safe(f"{answer.score:.0%}  {answer.task}  {answer.id}  ({answer.why})")
+        console.print(Text(f"\n{heading}", style="bold"))
         lines = answer.prompt[-1]["content"].splitlines() if answer.prompt else []
         cut = [*lines[:2], "...", *lines[-NUM_PROMPT_LINES + 3 :]] if len(lines) > NUM_PROMPT_LINES else lines
         for label, text in (("prompt", "\n".join(cut)), ("truth", answer.truth), ("answer", answer.answer)):
@@ -81,12 +83,6 @@ def print_worst(worst: Sequence[Scored], console: Console) -> None:
             grid.add_column(overflow="fold")
             grid.add_row(label, Text(escape(text[:1200])))
             console.print(grid)
-
-
-def _p_value(before: Earlier | None) -> str:
-    if before is None:
-        return ""
-    return "<0.001" if before.p_value < 0.001 else f"{before.p_value:.3f}"
 
 
 def _remarks(tasks: Mapping[str, TaskScore]) -> list[str]:

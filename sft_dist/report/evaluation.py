@@ -9,6 +9,7 @@ from sft_dist.data.shown import escape, safe
 from sft_dist.redact import redacted
 from sft_dist.report.data import Question, RunData
 from sft_dist.report.figures import exact_text
+from sft_dist.significance import p_text
 
 NUM_QUESTIONS, NUM_ANSWERS = 6, 5
 LONGEST_TEXT = 1200
@@ -48,7 +49,7 @@ def _task(task: str, score: Mapping[str, Any]) -> dict[str, Any]:
         "note": f"{safe(str(score.get('metric', '')))}, {score.get('n', 0):,} answers{best}",
         "before": _score(score.get("before")),
         "after": _score(score),
-        "p_value": p_text(score.get("p_value")),
+        "p_value": "–" if score.get("p_value") is None else p_text(score["p_value"]),
     }
 
 
@@ -64,12 +65,6 @@ def _score(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def p_text(p_value: float | None) -> str:
-    if p_value is None:
-        return "–"
-    return f"{p_value:.2g}" if p_value >= 1e-4 else "< 0.0001"
-
-
 LOSS_NAMES = {
     "example_mean": "Loss per example, nats",
     "token_mean": "Loss per token, nats",
@@ -82,7 +77,7 @@ def _losses(found: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {"name": name, "before": _number(before.get(key)), "after": _number(found.get(key))}
         for key, name in LOSS_NAMES.items()
-        if found.get(key) is not None
+        if found.get(key) is not None or before.get(key) is not None
     ]
 
 

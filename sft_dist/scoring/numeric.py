@@ -4,6 +4,8 @@
 
 A comma before exactly three digits separates thousands, any other comma is a decimal point: 1,234 is 1234, 22,9 is
 22.9. With `decimal="comma"` comma and point change places.
+
+A product is two numbers, 2 x 100 mg being 2 and 100 mg: whether two doses or their sum is meant, it does not say.
 """
 
 import re
@@ -39,8 +41,15 @@ _NUMBER = re.compile(
     rf"(?<![\w.,])[-+\u2212]?(?:\d{{1,3}}(?:[{_SPACES}]\d{{3}})+(?:[.,]\d+)?|\d+(?:[.,]\d+)*|\.\d+)"
     r"(?:[eE][-+\u2212]?\d+(?!\w))?"
 )
+_TIMES = rf"[ {_SPACES}]*[x\u00d7*][ {_SPACES}]*"  # on one line: a star may begin the next one as a bullet
+_PER = r"(?=\s?/\s?[^\W\d])"
+# 1.5 x 10^9, 10**9, superscripts and, as units are coded (UCUM), 10*9/L; these also without the x: 1.5 10^9/L. Where a
+# text has lost the superscript, x 109/L is a power only before a solidus and x 10-3 only with one digit: 2 x 100 mg and
+# 2 x 105 mg are doses, 2 x 10-20 mg ends in a range.
 _POWER_OF_TEN = re.compile(
-    r"\s*[x\u00d7*]\s*10(?:\^|\*\*)?\s*([-+\u2212]?\d{1,3}|\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)"
+    rf"(?:{_TIMES}|[ {_SPACES}])10"
+    rf"(?:(?:\^|\*\*)\s*([-+\u2212]?\d{{1,3}})|(\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)|\*([1-9]\d?){_PER})"
+    rf"|{_TIMES}10(?:[ {_SPACES}]?([1-9]\d?){_PER}|([-\u2212][1-9])(?!\d|[.,]\d))"
 )
 _SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
 _TO = re.compile(r"(?:\s*(?:\u2013|\u2014|\bto\b)\s*|[-\u2212]|\s+[-\u2212]\s+)(?=[\d.+])")  # 5 -3 are two numbers
@@ -51,15 +60,28 @@ def quantities_in(text: str, *, decimal: Literal["point", "comma"] = "point") ->
     found: list[Quantity] = []
     at = 0
     while (match := _NUMBER.search(text, at)) is not None:
-        first, at = _quantity_at(text, match, decimal)
+        first, power, at = _quantity_at(text, match, decimal)
         if first is None:
             continue
         if (to := _TO.match(text, at)) is not None and (second := _NUMBER.match(text, to.end())) is not None:
-            high, end = _quantity_at(text, second, decimal)
-            if high is not None and high.low > first.low and _may_share_a_unit(first, high):
-                first, at = Quantity(first.low, high.low, high.unit or first.unit), end
+            last, last_power, end = _quantity_at(text, second, decimal)
+            shared = last_power if power == 1 and first.unit is None else 1.0  # 4-11 x 10^9/L
+            if last is not None and (
+                whole := _range(replace(first, low=first.low * shared), last) or _range(first, last)
+            ):
+                first, at = whole, end
         found.append(first)
     return found
+
+
+def _range(first: Quantity, last: Quantity) -> Quantity | None:
+    """From one number to the other, in the last one's unit; None where they do not ascend, or their units differ."""
+    low, unit = first.low, last.unit or first.unit
+    if first.unit is not None and last.unit is not None:
+        if first.unit.dimension != last.unit.dimension:
+            return None
+        low = first.unit.convert(low, last.unit)
+    return Quantity(low, last.low, unit) if last.low > low else None
 
 
 def score_numeric(
@@ -130,17 +152,19 @@ def _pick(text: str, *, marker: str, take: str, decimal: Literal["point", "comma
     return found[0] if is_marked or take == "first" else found[-1]
 
 
-def _quantity_at(text: str, match: "re.Match[str]", decimal: Literal["point", "comma"]) -> tuple[Quantity | None, int]:
-    """The number there with its power of ten and its unit, and where it ends; None for what is no single number."""
-    end = match.end()
+def _quantity_at(
+    text: str, match: "re.Match[str]", decimal: Literal["point", "comma"]
+) -> tuple[Quantity | None, float, int]:
+    """The number there with its unit, the power of ten in it, and where it ends; None for what is no single number."""
+    end, power = match.end(), 1.0
     value = _value(match[0], decimal)
-    if value is None or (re.match(r"[A-Za-z_]", text[end : end + 1]) and unit_at(text, end) is None):
-        return None, end
-    if (power := _POWER_OF_TEN.match(text, end)) is not None:
-        value *= float("1e" + power[1].translate(_SUPERSCRIPTS).replace("\u2212", "-"))
-        end = power.end()
+    if value is not None and (written := _POWER_OF_TEN.match(text, end)) is not None:
+        power = float("1e" + next(filter(None, written.groups())).translate(_SUPERSCRIPTS).replace("\u2212", "-"))
+        end = written.end()
+    elif value is None or (re.match(r"[A-Za-z_]", text[end : end + 1]) and unit_at(text, end) is None):
+        return None, power, end
     unit, end = unit_at(text, end) or (None, end)
-    return Quantity(value, value, unit), end
+    return Quantity(value * power, value * power, unit), power, end
 
 
 def _value(text: str, decimal: Literal["point", "comma"]) -> float | None:
@@ -163,7 +187,3 @@ def _value(text: str, decimal: Literal["point", "comma"]) -> float | None:
         return float(f"{whole or '0'}.{fraction or '0'}{e}{exponent}")
     except (ValueError, OverflowError):
         return None
-
-
-def _may_share_a_unit(first: Quantity, second: Quantity) -> bool:
-    return first.unit is None or second.unit is None or first.unit.dimension == second.unit.dimension

@@ -100,7 +100,7 @@ _NAMES = "|".join(sorted(map(re.escape, {*_UNITS, *_COUNTED}), key=len, reverse=
 _ATOM = re.compile(rf"({_NAMES})(\^?[23]|[²³])?(?![A-Za-zµμ0-9])", re.IGNORECASE)
 _NEXT = re.compile(r"\s*(/|\bper\b|·|\*)\s*(?:(\d+(?:\.\d+)?)\s*)?", re.IGNORECASE)
 _COUNT_PER_VOLUME = re.compile(r"\s*/\s*", re.IGNORECASE)
-_TEMPERATURE = re.compile(r"(?:(?:°|º|degrees?)\s*)?(C|F|celsius|fahrenheit)(?![A-Za-z])")
+_TEMPERATURE = re.compile(r"(?:(?:°|º|(?i:degrees?))\s*)?(C|F|(?i:celsius|fahrenheit))(?![A-Za-z])")
 _KELVIN = {"c": (1.0, 273.15), "f": (5 / 9, 459.67 * 5 / 9)}
 
 

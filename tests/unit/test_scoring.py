@@ -49,6 +49,20 @@ def test_white_space_does_not_count_but_case_does() -> None:
         ("22,9", ["22.9"]),
         ("-3.5 \u22123 +2", ["-3.5", "-3", "2"]),
         ("1.5 x 10^9/L or 1.5\u00d710\u2079/L", ["1.5e+09 /L", "1.5e+09 /L"]),
+        ("1.5x10^9/L, 1.5\u00d710\u2079/L and 2x10**-3", ["1.5e+09 /L", "1.5e+09 /L", "0.002"]),
+        ("1.5 x 10*9/L, 4.5 10*9/L, 4.5 10^9/L", ["1.5e+09 /L", "4.5e+09 /L", "4.5e+09 /L"]),
+        ("1.5 x 109/L, 4 x 1012/L, 7 x 10 9/L", ["1.5e+09 /L", "4e+12 /L", "7e+09 /L"]),  # superscripts lost
+        ("2 x 10-3 mol, 2 x 10\u207b\u00b3 mol", ["0.002 mol", "0.002 mol"]),
+        ("2 x 100 mg, 5 x 1000 mL", ["2", "100 mg", "5", "1000 mL"]),  # doses, not powers of ten
+        ("2 x 105 mg, 2 x 10-20 mg, 2 x 10 mg", ["2", "105 mg", "2", "10-20 mg", "2", "10 mg"]),
+        ("5 * 10*3 mg", ["5", "10", "3 mg"]),
+        ("3x daily", []),
+        ("4-11 x 10^9/L, 50 to 1.2 x 10^2", ["4e+09-1.1e+10 /L", "50-120"]),
+        ("5\n* 10^2\n* 10-5", ["5", "10", "2", "10", "5"]),  # bullets
+        ("0.5 mg to 2 g, 500 mg-2 g", ["0.0005-2 g", "0.5-2 g"]),
+        ("30 s to 45 min", ["0.5-45 min"]),
+        ("5 mg to 2 mL, 5 g to 2 mg, 5 mg to 10", ["5 mg", "2 mL", "5 g", "2 mg", "5-10 mg"]),
+        ("37 degrees Celsius, 98.6 Fahrenheit", ["37 degrees Celsius", "98.6 Fahrenheit"]),
         ("2.5e-3 g", ["0.0025 g"]),
         ("12%", ["12 %"]),
         ("8-10 mEq/L, 8 to 10, 8\u201310", ["8-10 mEq/L", "8-10", "8-10"]),
@@ -90,6 +104,9 @@ def test_whatever_is_written_is_read(value: float, unit: str) -> None:
         ("154.3 lb", "70 kg", {"relative": 0.001}),
         ("5 ft", "152.4 cm", {}),
         ("98.6 F", "37 \u00b0C", {"absolute": 0.01}),
+        ("98.6 degrees Fahrenheit", "37 Degrees Celsius", {"absolute": 0.01}),
+        ("1 g", "500 mg to 2 g", {}),
+        ("6.2x10^9/L", "4.0-11.0 x 10\u2079/L", {}),
         ("1500 mcg", "1.5 mg", {}),
         ("1.5 \u00b5g/kg/min", "0.0015 mg/kg/min", {}),
         ("60 bpm", "1 Hz", {}),
@@ -121,6 +138,8 @@ def test_numbers_that_are_right(answer: str, truth: str, options: dict[str, obje
         ("7-9", "8-10", {}, ""),
         ("none", "64", {}, "no number"),
         ("64 * 1", "64", {}, "1, expected 64"),  # parsed, not evaluated: the last number
+        ("2 x 100 mg", "200 mg", {}, "100 mg, expected 200 mg"),
+        ("0.1 g", "0.5 mg to 2 mg", {}, "100 mg"),
     ],
 )
 def test_numbers_that_are_wrong(answer: str, truth: str, options: dict[str, object], why: str) -> None:
@@ -159,6 +178,54 @@ def test_a_choice_in_many_forms(answer: str) -> None:
 @pytest.mark.parametrize("answer", ["A", "C. Myocardial infarction", "A or B", "B and C", "D", "", "Pneumonia"])
 def test_another_choice_several_or_none_are_wrong(answer: str) -> None:
     assert score_choice(answer, "B. Pulmonary embolism", prompt=PROMPT).value == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["A, C", "A; C", "A) or C)", "A\nC", "A/C", "A & C", "(A), (C)", "A - C", "**A** and **C**", "a, c", "A. C.",
+     "A.\n\nC.", "A, B and C", "A, B or C is right", "A, C are both right", "A) Pneumonia, C) Myocardial infarction",
+     "A. Pneumonia\nC. Myocardial infarction", "Answer: A, C", "The answer is A or C.", "The answer is A, C",
+     "I would say A/C", "A (lungs) or C (heart)", "Pneumonia or myocardial infarction"],
+)  # fmt: skip
+def test_a_list_of_options_chooses_none(answer: str) -> None:
+    for truth in ("A", "C"):
+        score = score_choice(answer, truth, prompt=PROMPT)
+        assert (score.value, score.is_valid, score.why) == (0, False, "no single choice")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["A. Because C is wrong.", "A. C is wrong.", "A; C is too late", "A\nC is wrong", "A. B and C are less likely.",
+     "A\n\nB: too late\nC: no pain", "A. Pneumonia\n\nB. Pulmonary embolism is less likely", "A) a lung disease",
+     "A, a lung disease, and so not B", "A. Pneumonia. C-reactive protein is high", "A: C-reactive protein is high",
+     "A, Z", "A, A", "The answer is A. C is wrong.", "The answer is A, as B would begin at once",
+     "A - B is rare in the young", "A, C\nAnswer: A"],
+)  # fmt: skip
+def test_prose_behind_a_choice_is_no_list(answer: str) -> None:
+    assert score_choice(answer, "A", prompt=PROMPT).value == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("Aspirin and clopidogrel", "B"), ("It is aspirin and clopidogrel.", "B"), ("B", "B"), ("aspirin", "A"),
+     ("Give aspirin", "A"), ("Aspirin, not aspirin and clopidogrel", None), ("Vitamin B", "C"), ("D. B", "D"),
+     ("E. coli", "E"), ("D. B, A", None), ("Answer: vitamin b.", "C")],
+)  # fmt: skip
+def test_an_options_text_may_hold_another_ones_or_a_letter(answer: str, letter: str | None) -> None:
+    prompt = "Which?\nA) Aspirin\nB) Aspirin and clopidogrel\nC) Vitamin B\nD) B\nE) E. coli"
+    for truth in options_in(prompt):
+        assert score_choice(answer, truth, prompt=prompt).value == (truth == letter)
+    if letter is not None:
+        assert score_choice(letter, answer, prompt=prompt).value == 1, "as a truth it is the same option"
+
+
+def test_options_that_differ_in_signs_alone_are_not_told_apart_by_their_words() -> None:
+    assert not score_choice("It is >5 mg", "B", prompt="Which?\nA) <5 mg\nB) >5 mg").is_valid
+
+
+def test_a_truth_that_lists_options_is_compared_as_words() -> None:
+    assert score_choice("A; C", "A, C", prompt=PROMPT).value == 1
+    assert score_choice("A", "A, C", prompt=PROMPT).value == 0
 
 
 def test_a_label_without_options_is_compared_as_text() -> None:

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sft_dist.significance import EXACT_UP_TO, Z_95, bootstrap_mean, interval, mcnemar, paired_test, permutation, wilson
+from sft_dist.significance import (
+    EXACT_UP_TO,
+    Z_95,
+    bootstrap_mean,
+    interval,
+    mcnemar,
+    p_text,
+    paired_test,
+    permutation,
+    wilson,
+)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -77,3 +87,7 @@ def test_the_kind_of_score_decides_interval_and_test() -> None:
     assert paired_test(before, after, is_right_or_wrong=True, seed=0) == (2 / 2**7, "mcnemar")
     assert paired_test(before, after, is_right_or_wrong=False, seed=0) == (2 / 2**7, "permutation")
     assert paired_test(after, after, is_right_or_wrong=True, seed=0) == (1.0, "mcnemar")
+
+
+def test_a_small_p_value_is_shown_as_a_bound() -> None:
+    assert [p_text(p) for p in (1.0, 0.25, 0.00049, 1e-4, 9e-5)] == ["1", "0.25", "0.00049", "0.0001", "< 0.0001"]

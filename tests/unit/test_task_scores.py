@@ -1,7 +1,10 @@
 """Answers on disk, scores by task, and what is printed of them."""
 
+import io
 import json
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,11 @@ from rich.console import Console
 
 from sft_dist.data.conversation import Message
 from sft_dist.data.questions import Question
+from sft_dist.data.shown import UNSAFE
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.evaluate_section import EvaluateSection
 from sft_dist.evaluation.answers import AnswerLog, Scored, fingerprint_answers, read_scored, score_answers, write_scored
-from sft_dist.evaluation.comparison import compare, print_comparison
+from sft_dist.evaluation.comparison import Comparison, compare, print_comparison
 from sft_dist.evaluation.record import Evaluation, Losses, SetResult
 from sft_dist.evaluation.report import print_evaluation
 from sft_dist.evaluation.task_scores import mean_score, task_scores, worst_answers
@@ -92,8 +96,6 @@ def test_a_log_goes_on_behind_a_torn_line(tmp_path: Path) -> None:
 
 def test_the_fingerprint_covers_prompts_and_settings_but_no_truth() -> None:
     def changed(**values: object) -> list[Question]:
-        from dataclasses import replace
-
         return [replace(QUESTIONS[0], **values), *QUESTIONS[1:]]  # type: ignore[arg-type]
 
     same = fingerprint_answers(QUESTIONS, model="m", max_new_tokens=5)
@@ -124,11 +126,41 @@ def test_the_tables_fit_the_terminal(width: int) -> None:
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= width
     assert any(
-        line.split() == ["calc", "numeric", "3", "66.7%", "33.3%", "100.0%", "43.9", "to", "100.0", "0.500"]
+        line.split() == ["calc", "numeric", "3", "66.7%", "33.3%", "100.0%", "43.9", "to", "100.0", "0.5"]
         for line in lines
     )
     assert "2 rows are not asked: prompt too long" in lines
     assert any(line.startswith("truth") and '{"a": 1, "b": 2}' in line for line in lines)
+
+
+def test_what_rows_and_models_say_cannot_steer_the_terminal() -> None:
+    hostile = "\x1b]0;owned\x07\x1b[2J[bold]\n"
+    answers = [
+        replace(new, **{name: f"{getattr(new, name)}{hostile}" for name in ("set", "id", "task", "why", "answer")})
+        for new in AFTER
+    ]
+    tasks = task_scores(answers, seed=0, before=answers)[f"clinic{hostile}"]
+    losses = Losses(5, 40, 1.0, 0.5)
+    result = SetResult(losses, None, {}, tasks, worst_answers(answers, count=2))
+    comparison = Comparison({f"clinic{hostile}": tasks}, 0, answers)
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_evaluation(Evaluation(f"m{hostile}", f"b{hostile}", "float32", 1, 3.0, {f"clinic{hostile}": result}), console)
+    print_comparison(comparison, console)
+    text = console.export_text()
+    assert not UNSAFE.search(text)
+    assert text.count("clinic\\x1b]0;owned\\x07\\x1b[2J[bold]") == 2, "shown as it is, not as markup"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 800.0])
+def test_a_loss_that_is_not_finite_is_null_in_the_file(value: float) -> None:
+    losses = Losses(5, 40, value, value)
+    assert str(losses.perplexity) == ("nan" if math.isnan(value) else "inf")
+    result = SetResult(losses, losses, {}, {}, ())
+    text = Evaluation("m", None, "float32", 1, 3.0, {"clinic": result}).to_json()
+    found = json.loads(text, parse_constant=pytest.fail)
+    expected = {"example_mean": value if value == 800 else None, "perplexity": None, "examples": 5}
+    for part in (found, found["sets"]["clinic"], found["sets"]["clinic"]["before"]):
+        assert {name: part[name] for name in expected} == expected
 
 
 def test_the_file_says_all_of_it() -> None:
@@ -178,8 +210,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         compare(run, run_with(tmp_path / "b", AFTER[2:]))
     with pytest.raises(ConfigError, match="no scored answers"):
         compare(run, tmp_path / "c")
-    from dataclasses import replace
-
-    other = run_with(tmp_path / "d", [replace(AFTER[0], metric="exact")])
-    with pytest.raises(DataError, match="was scored as numeric against '5 mg', and as exact"):
-        compare(run, other)
+    for number, other in enumerate((replace(AFTER[0], metric="exact"), replace(AFTER[0], truth="7 mg"))):
+        with pytest.raises(
+            DataError, match=f"was scored as numeric against '5 mg', and as {other.metric} against '{other.truth}'"
+        ):
+            compare(run, run_with(tmp_path / f"d{number}", [other]))
