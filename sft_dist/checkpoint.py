@@ -30,6 +30,7 @@ from sft_dist.engine.collectives import any_rank, gather_texts, on_main, sum_ove
 from sft_dist.engine.fragments import Fragment, Snapshot, read_fragments, require_shapes, share_of, write_fragments
 from sft_dist.engine.interface import Engine
 from sft_dist.errors import CheckpointError, SftDistError
+from sft_dist.plan.memory_parts import CHECKPOINT_BYTES
 from sft_dist.redact import redacted_tree
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 SHAPES = "shapes.json"
 WAIT_S = 5.0
 """Between signs of life while a save is waited for."""
-BYTES_PER_ELEMENT = 12
-"""Master weight and two moments, fp32."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Saver:
         """
         earlier = self.finish()
         began = time.perf_counter()
-        size_bytes = BYTES_PER_ELEMENT * sum(_numel(shape) for shape in self._shapes.values())
+        size_bytes = CHECKPOINT_BYTES * sum(_numel(shape) for shape in self._shapes.values())
 
         def make_room() -> Path:
             return commits.make_room(self._directory, state.step, size_bytes=size_bytes)

@@ -319,8 +319,12 @@ class Recipe(Section):
             raise ValueError("train.keep_best needs train.eval_every: it keeps what the held-out loss calls best")
         if self.train.keep_best and not best.is_loss and evaluate.generate_every is None:
             raise ValueError(f"train.keep_best by {best} needs evaluate.generate_every: scores are of answers")
-        if evaluate.generate_every is not None and not self.set_names:
-            raise ValueError("evaluate.generate_every needs data.held_out or data.held_out_share: prompts to answer")
+        if not self.set_names:
+            held_out = "data.held_out or data.held_out_share"
+            if evaluate.generate_every is not None:
+                raise ValueError(f"evaluate.generate_every needs {held_out}: prompts to answer")
+            if self.train.eval_every is not None:
+                raise ValueError(f"train.eval_every needs {held_out}: it measures their loss")
         return self
 
     @property
@@ -401,7 +405,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # as a resolved recipe says of a section that is not there
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is not a section")
     node[last] = parsed

@@ -48,7 +48,7 @@ def run_demo(directory: Path, *, steps: int | None = None, num_train: int | None
     _make_room(directory)
     console.rule("1/4  data, tokenizer and model, all from scratch")
     num_held_out = NUM_HELD_OUT if num_train is None else max(6, min(NUM_HELD_OUT, num_train // 8))
-    num_train = num_train or NUM_TRAIN
+    num_train = NUM_TRAIN if num_train is None else num_train
     _write_inputs(directory, num_train=num_train, num_held_out=num_held_out)
     recipe_path = _write_recipe(directory, steps)
     recipe = load_recipe(recipe_path)
@@ -93,7 +93,7 @@ def _write_recipe(directory: Path, steps: int | None) -> Path:
     text = package_files.find("recipes/demo.yaml").read_text(encoding="utf-8")
     if directory != Path("demo") or steps is not None:
         recipe = _moved(yaml.safe_load(text), directory)
-        recipe["train"]["steps"] = steps or recipe["train"]["steps"]
+        recipe["train"] |= {} if steps is None else {"steps": steps}
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     path = directory / "recipe.yaml"
     path.write_text(text, encoding="utf-8")

@@ -1136,6 +1136,13 @@ MUTANTS = [
         "return []",
         "unit/test_migrate.py::test_unknown_keys_are_named",
     ),
+    Mutant(
+        "import: a template of several lines becomes keys of the recipe",
+        "migrate/convert.py",
+        'return redacted(" ".join(text.split()))',
+        "return redacted(text)",
+        "unit/test_migrate.py::test_comments_keep_the_recipe_what_it_is_and_hide_secrets",
+    ),
     # ------------------------------------------------------------ what the pages say
     Mutant(
         "the weights of the pages' worked example",
@@ -1186,6 +1193,13 @@ MUTANTS = [
         "gpu_bytes=machine.memory_bytes / USABLE_SHARE",
         "gpu_bytes=machine.memory_bytes",
         "unit/test_plan.py::test_what_auto_is_in_the_plan_it_is_when_launched",
+    ),
+    Mutant(
+        "a disk without the checkpoints that are kept for ever",
+        "plan/planner.py",
+        "kept += steps // train.keep_every",
+        "pass",
+        "unit/test_doctor.py::test_checkpoints_that_are_kept_for_ever_count_for_the_disk",
     ),
     # ------------------------------------------------------------ the live view and the report
     Mutant(

@@ -23,7 +23,8 @@ OWN_NCCL = "SOCKET_IFNAME|DEBUG|BLOCKING_WAIT|P2P_DISABLE|SHM_DISABLE|IB_DISABLE
 """Those that have rules of their own."""
 
 
-def _is_on(value: str) -> bool:
+def is_on(value: str) -> bool:
+    """Whether a variable that is a switch turns it on; one that is not set is ""."""
     return value.strip().lower() not in OFF
 
 
@@ -49,26 +50,26 @@ class Rule:
 NOTE, WARNING, PROBLEM = Verdict.NOTE, Verdict.WARNING, Verdict.PROBLEM
 
 RULES = (
-    Rule("CUDA_LAUNCH_BLOCKING", WARNING, "the host waits for every kernel", bites=_is_on),
+    Rule("CUDA_LAUNCH_BLOCKING", WARNING, "the host waits for every kernel", bites=is_on),
     Rule("TORCH_DISTRIBUTED_DEBUG", WARNING, "every collective is checked, slowly", bites=lambda v: v == "DETAIL"),
-    Rule("TORCH_NCCL_BLOCKING_WAIT|NCCL_BLOCKING_WAIT", WARNING, "the host waits for every collective", bites=_is_on),
-    Rule("TORCH_COMPILE_DISABLE|TORCHDYNAMO_DISABLE", NOTE, "decoder layers are not compiled", bites=_is_on),
+    Rule("TORCH_NCCL_BLOCKING_WAIT|NCCL_BLOCKING_WAIT", WARNING, "the host waits for every collective", bites=is_on),
+    Rule("TORCH_COMPILE_DISABLE|TORCHDYNAMO_DISABLE", NOTE, "decoder layers are not compiled", bites=is_on),
     Rule("TORCH_LOGS|TORCH_CPP_LOG_LEVEL", NOTE, "torch prints more than usual"),
     Rule("NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", WARNING, "fp32 is multiplied otherwise"),
-    Rule("NCCL_P2P_DISABLE|NCCL_SHM_DISABLE|NCCL_IB_DISABLE", WARNING, "NCCL's fast ways are closed", bites=_is_on),
+    Rule("NCCL_P2P_DISABLE|NCCL_SHM_DISABLE|NCCL_IB_DISABLE", WARNING, "NCCL's fast ways are closed", bites=is_on),
     Rule("NCCL_DEBUG", NOTE, "NCCL prints its doings", bites=lambda v: v.upper() in ("INFO", "TRACE")),
     Rule(rf"NCCL_(?!{OWN_NCCL}).*", NOTE, "NCCL is told something"),
     Rule("GLOO_(?!SOCKET_IFNAME).*", NOTE, "gloo is told something"),
-    Rule("ACCELERATE_USE_CPU", NOTE, "sft_dist takes GPUs that it sees nevertheless", HIDE_GPUS, _is_on),
+    Rule("ACCELERATE_USE_CPU", NOTE, "sft_dist takes GPUs that it sees nevertheless", HIDE_GPUS, is_on),
     Rule("DS_ACCELERATOR", NOTE, "DeepSpeed computes on that, whatever there is"),
-    Rule("HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|HF_DATASETS_OFFLINE", NOTE, "nothing is downloaded", bites=_is_on),
-    Rule("WANDB_DISABLED", NOTE, "wandb gets nothing", bites=_is_on),
+    Rule("HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|HF_DATASETS_OFFLINE", NOTE, "nothing is downloaded", bites=is_on),
+    Rule("WANDB_DISABLED", NOTE, "wandb gets nothing", bites=is_on),
     Rule("WANDB_MODE", NOTE, "wandb sends nothing by itself", bites=lambda v: v in ("offline", "disabled", "dryrun")),
     Rule("(?i:https?|all)_proxy", NOTE, "requests go through a proxy", "NO_PROXY names hosts that need none"),
     Rule("PYTHONPATH", NOTE, "its packages go before those that are installed"),
     Rule("LD_PRELOAD", WARNING, "is loaded into every process"),
     Rule("LD_LIBRARY_PATH", NOTE, "another CUDA or NCCL than torch's own may be loaded", bites=_may_hold_cuda),
-    Rule("OMP_PROC_BIND|GOMP_CPU_AFFINITY|KMP_AFFINITY", WARNING, "may put all ranks on the same cores", bites=_is_on),
+    Rule("OMP_PROC_BIND|GOMP_CPU_AFFINITY|KMP_AFFINITY", WARNING, "may put all ranks on the same cores", bites=is_on),
     Rule("PET_(?!SHUTDOWN_TIMEOUT).*", WARNING, "torchrun takes it for one of its flags"),
     Rule("PYTORCH_((CUDA|HIP)_)?ALLOC_CONF", NOTE, "the allocator of GPU memory is told something"),
     Rule("SFT_DIST_.*", WARNING, "is for processes that sft_dist starts"),

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from sft_dist.doctor.environment import is_on
 from sft_dist.doctor.finding import Finding, Group
 from sft_dist.doctor.places import hub_home
 from sft_dist.doctor.probe import ask_python
@@ -17,7 +18,6 @@ ANSWER_S = 12.0
 """Longer than the request's own limit, which does not cover looking a name up."""
 
 HUB, WANDB = "https://huggingface.co", "https://api.wandb.ai"
-ON = ("1", "true", "yes", "on")
 
 
 def check_network(*, wants_wandb: bool, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -27,7 +27,7 @@ def check_network(*, wants_wandb: bool, environ: Mapping[str, str] = os.environ)
 
 
 def _hub(environ: Mapping[str, str]) -> Finding:
-    if environ.get("HF_HUB_OFFLINE", "").lower() in ON:
+    if is_on(environ.get("HF_HUB_OFFLINE", "")):
         return GROUP.note(
             "hub", "not asked: HF_HUB_OFFLINE is set; the cache must have everything", "unset HF_HUB_OFFLINE"
         )

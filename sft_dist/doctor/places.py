@@ -59,7 +59,7 @@ def place_finding(name: str, path: Path, answer: Answer, *, needed: int | None =
         mend = "use a file system with locks (NFS 4, Lustre with -o flock): runs and stores are locked while written"
         return GROUP.problem(name, f"{path}: files cannot be locked: {facts['lock_error']}", mend)
     if needed is not None and facts["free"] < needed:
-        mend = "make room, set run.dir elsewhere, or lower train.keep_checkpoints"
+        mend = "make room, set run.dir elsewhere, or keep less by train.keep_checkpoints, keep_best and keep_every"
         return GROUP.problem(name, f"{room}; checkpoints and the model will take {needed / GB:,.1f} GB", mend)
     if facts["free"] < LITTLE_BYTES:
         return GROUP.warning(name, room, "make room: a checkpoint takes 12 bytes a parameter, and a model 2 or 4")

@@ -7,19 +7,17 @@ from pathlib import Path
 
 from sft_dist.config import Recipe, Source
 from sft_dist.data.files import list_files
+from sft_dist.doctor.environment import is_on
 from sft_dist.doctor.finding import Finding, Group
 from sft_dist.doctor.probe import Answer, ask_python
 from sft_dist.engine_choice import count_parameters
 from sft_dist.errors import SftDistError
 from sft_dist.launch import Asked, plan_launch
+from sft_dist.plan import planner
+from sft_dist.plan.planner import Work, disk_bytes, work_of
 
 GROUP = Group("recipe")
 IMPORT_S = 180.0
-CHECKPOINT_BYTES = 12
-"""A parameter in a checkpoint: master weight and two moments, fp32."""
-
-MODEL_BYTES = {"fp32": 4, "bf16": 2, "auto": 4}
-"""A parameter in the exported model; auto is fp32 on a CPU."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.01}
 """Largest difference of attention to fp32 for random inputs: a few roundings of values of about 1 to 3."""
@@ -27,19 +25,27 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.06, "float16": 0.01}
 
 @dataclass(frozen=True)
 class Needs:
-    """A recipe's demands on the disk: bytes of its checkpoints and model; None where the model is not here."""
+    """A recipe's demands on the disk: bytes of its checkpoints and model; None where the model is not here.
+
+    is_least: those of train.keep_every are not among them, as the number of steps is not known.
+    """
 
     num_parameters: int | None
     num_bytes: int | None
+    is_least: bool = False
 
 
 def needs_of(recipe: Recipe) -> Needs:
-    """keep_checkpoints and keep_best stay, and a new one is written beside them before an old one goes."""
+    """By the plan's count; model.dtype: auto may be fp32, as on a CPU."""
     count = count_parameters(recipe.model.path, revision=recipe.model.revision)
     if count is None:
         return Needs(None, None)
-    kept = recipe.train.keep_checkpoints + recipe.train.keep_best + 1
-    return Needs(count, count * (kept * CHECKPOINT_BYTES + MODEL_BYTES[recipe.model.dtype]))
+    dtype = "bf16" if recipe.model.dtype == "bf16" else "fp32"
+    steps, keeps_for_ever = recipe.train.steps, recipe.train.keep_every is not None
+    if keeps_for_ever and steps is None and Path(recipe.model.path).is_dir():  # else the hub would be asked
+        steps = work_of(recipe, planner.Asked()).steps
+    found = disk_bytes(recipe, count, dtype, Work("", steps=steps))  # without tokens: a store is there already
+    return Needs(count, sum(found.values()) - found["a checkpoint"], is_least=keeps_for_ever and steps is None)
 
 
 def ask_training(words: Sequence[str]) -> Answer:
@@ -51,6 +57,11 @@ def ask_training(words: Sequence[str]) -> Answer:
 def check_recipe(recipe: Recipe, needs: Needs, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Model, data and launch, without torch in this process."""
     yield _model(recipe, needs, environ)
+    if needs.is_least:
+        seen = f"{recipe.train.keep_every}: no number of steps is known, and what it keeps is not in the disk's count"
+        yield GROUP.note(
+            "train.keep_every", seen, "sft-dist prepare recipe.yaml, then sft-dist plan recipe.yaml counts it"
+        )
     for name, sources in (("data.train", recipe.data.train), ("data.held_out", recipe.data.held_out_sources)):
         yield from (_source(name, source) for source in sources)
     for key, file in (("data.chat_template", recipe.data.chat_template), ("train.deepspeed", recipe.train.deepspeed)):
@@ -71,7 +82,7 @@ def _model(recipe: Recipe, needs: Needs, environ: Mapping[str, str]) -> Finding:
         return GROUP.problem("model", f"{path}: {what} in it", "save the model there with save_pretrained")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         return GROUP.problem("model", f"{path}: no such directory (looked in {Path.cwd()})", "correct model.path")
-    if environ.get("HF_HUB_OFFLINE"):
+    if is_on(environ.get("HF_HUB_OFFLINE", "")):
         mend = "on a machine with a network: sft-dist prepare recipe.yaml --with-model"
         return GROUP.problem("model", f"{path} is not in the hub's cache, and HF_HUB_OFFLINE is set", mend)
     mend = "sft-dist prepare recipe.yaml --with-model fetches it before GPUs wait for it"

@@ -7,9 +7,9 @@ import yaml
 
 from sft_dist.demo.dataset import example_texts, generate_examples, write_demo_data
 from sft_dist.demo.model import build_model, build_tokenizer
+from sft_dist.doctor.trial import NUM_STEPS
 
 NUM_EXAMPLES = 60
-NUM_STEPS = 3
 SEED = 0
 
 

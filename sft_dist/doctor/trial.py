@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from sft_dist.doctor.environment import LAUNCHERS
 from sft_dist.doctor.finding import Finding, Group
 from sft_dist.doctor.probe import Answer, ask, ask_python
 from sft_dist.launch import command_for, settings_for
@@ -21,16 +22,7 @@ SMOKE_S = 300.0
 NUM_PROCESSES = 2
 NUM_STEPS = 3
 
-LEFT_OVER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "PMI_SIZE",
-    "PMI_RANK",
-)
+LEFT_OVER = (*LAUNCHERS, "PMI_SIZE", "PMI_RANK")
 """What the environment's group complains of: the trials look for what else is wrong."""
 
 

@@ -138,7 +138,7 @@ def convert(ledger: Ledger, *, full: bool) -> None:
         )
     schedule.put_saves(ledger)
     shared.put_engine(ledger)
-    shared.put_wandb(ledger, project=ledger.get("wandb_project"))
+    shared.put_wandb(ledger, project_key="wandb_project")
     if "wandb.project" in ledger.recipe and ledger.get("wandb_mode") == "offline":
         ledger.put("wandb.mode", "offline", theirs="wandb_mode")
     shared.put_run(ledger, output="model-out", name_key="wandb_name")
@@ -222,8 +222,10 @@ def _per_epoch(ledger: Ledger, what: str, length: schedule.Length) -> None:
     key = f"{what}s_per_epoch"
     count = ledger.get(key)
     if not count:
+        ledger.idle += [key] * (key in ledger.given)
+    elif not schedule.can_come(ledger, what, key):
         return
-    if length.per_epoch:
+    elif length.per_epoch:
         ledger.put(
             f"train.{what}_every",
             max(1, length.per_epoch // int(count)),

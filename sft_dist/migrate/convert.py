@@ -77,9 +77,10 @@ def detect(given: dict[str, Any], path: Path) -> str:
 
 def to_yaml(ledger: Ledger, *, origin: str, file: str) -> str:
     """The recipe, each key with where it comes from."""
-    lines = [f"# From {file}, a file for {NAMES[origin]}, by sft-dist import. docs/migrating.md says what differs."]
+    whose = f"{_one_line(file)}, a file for {NAMES[origin]}"
+    lines = [f"# From {whose}, by sft-dist import. docs/migrating.md says what differs."]
     for said in ledger.asked:
-        lines.append(f"# NEEDS YOUR WORD  {redacted(said.key)}: {said.text}")
+        lines.append(f"# NEEDS YOUR WORD  {_one_line(said.key)}: {_one_line(said.text)}")
     for section in SECTIONS:
         keys = [key for key in ledger.recipe if key == section or key.startswith(f"{section}.")]
         if keys and keys != [section]:
@@ -91,11 +92,16 @@ def to_yaml(ledger: Ledger, *, origin: str, file: str) -> str:
 
 def _entry(key: str, value: Any, remark: str) -> list[str]:
     section, _, name = key.partition(".")
-    indent, comment = "  " if name else "", f"  # {redacted(remark)}" if remark else ""
+    indent, comment = "  " if name else "", f"  # {_one_line(remark)}" if remark else ""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         listed = [f"{indent}  - {_flow(source)}" for source in value]
         return [f"{indent}{name or section}:{comment}", *listed]
     return [f"{indent}{name or section}: {_flow(value)}{comment}"]
+
+
+def _one_line(text: str) -> str:
+    """For a comment, whatever of their values is in it; without secrets."""
+    return redacted(" ".join(text.split()))
 
 
 def _flow(value: Any) -> str:

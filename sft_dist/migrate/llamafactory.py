@@ -113,7 +113,7 @@ def convert(ledger: Ledger, *, full: bool, directory: Path) -> None:
         rows = int(rows * (1 - ledger.recipe.get("data.held_out_share", 0.0)))
     trainer.put_course(ledger, step, num_rows=rows)
     shared.put_engine(ledger)
-    shared.put_wandb(ledger, project=None)
+    shared.put_wandb(ledger)
     shared.put_run(ledger, output="saves/imported", name_key="run_name")
     ledger.note_lacking(LACKING)
     ledger.note_idle(IDLE)
@@ -186,7 +186,7 @@ def _data(ledger: Ledger, directory: Path) -> None:
     most = ledger.get("max_samples")
     if most is not None:
         for source in ledger.recipe["data.train"]:
-            source.setdefault("cap", int(most))
+            source["cap"] = min(source.get("cap", int(most)), int(most))
         ledger.put(
             "data.train",
             ledger.recipe["data.train"],

@@ -161,8 +161,11 @@ def put_every(ledger: Ledger, what: str, length: Length, *, strategies: Sequence
     named = next((name for name in strategies if ledger.get(name) is not None), None)
     strategy, every = str(ledger.given[named]) if named else "steps", ledger.get(key)
     theirs = ", ".join(name for name in (key, named) if name and name in ledger.given)
-    if strategy in ("no", "False"):
+    is_off = strategy in ("no", "False") or (strategy == "steps" and every is not None and number(every) <= 0)
+    if is_off:
         ledger.idle += [name for name in (*strategies, key) if name in ledger.given]
+    elif theirs and not can_come(ledger, what, theirs):
+        return
     elif named and strategy == "epoch" and length.per_epoch:
         ledger.put(ours, length.per_epoch, theirs=named, meaning="an epoch's steps")
     elif named and strategy == "epoch":
@@ -178,6 +181,14 @@ def put_every(ledger: Ledger, what: str, length: Length, *, strategies: Sequence
         ledger.put(ours, count, theirs=theirs, meaning=f"{number(every):g} of {length.total} steps")
     elif every is not None:
         ledger.ask(key, f"{number(every):g} of all steps: set {ours}, or import again with --steps N")
+
+
+def can_come(ledger: Ledger, what: str, theirs: str) -> bool:
+    """Whether it makes sense every so many steps; held-out losses without held-out data are their owner's to mend."""
+    if what == "save" or not ledger.recipe.keys().isdisjoint(("data.held_out", "data.held_out_share")):
+        return True
+    ledger.ask(theirs, "there is no held-out data: set data.held_out or data.held_out_share, and train.eval_every")
+    return False
 
 
 def put_saves(ledger: Ledger) -> None:

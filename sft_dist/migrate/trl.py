@@ -21,7 +21,6 @@ SAME = {
     "model_name_or_path": Same("model.path"),
     "learning_rate": Same("optim.lr", convert=shared.number),
     "dataset_num_proc": Same("data.workers", convert=int),
-    "project": Same("wandb.project"),
     **trainer.SAME,
 }
 
@@ -75,8 +74,7 @@ def convert(ledger: Ledger, *, full: bool) -> None:
     rows = schedule.count_rows(ledger.recipe["data.train"], ledger.recipe.get("data.held_out_share", 0.0))
     trainer.put_course(ledger, step, num_rows=rows)
     shared.put_engine(ledger)
-    if "wandb.project" not in ledger.recipe:
-        shared.put_wandb(ledger, project=None)
+    shared.put_wandb(ledger, project_key="project")
     shared.put_run(ledger, output="trainer_output", name_key="run_name")
     ledger.note_lacking(LACKING)
     ledger.note_idle(IDLE)
@@ -122,7 +120,7 @@ def _data(ledger: Ledger) -> tuple[bool, int]:
     elif name := ledger.get("dataset_name"):
         source = {"path": str(name), "split": str(ledger.get("dataset_train_split", "train"))}
         ledger.put("data.train", [_short(source)], theirs="dataset_name, dataset_train_split")
-        if str(ledger.given.get("eval_strategy", "no")) not in ("no", "False"):
+        if str(ledger.get("eval_strategy", "no")) not in ("no", "False"):
             held_out = {"path": str(name), "split": str(ledger.get("dataset_test_split", "test"))}
             ledger.put(
                 "data.held_out",

@@ -31,9 +31,11 @@ def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) 
     return config | {"model_type": "qwen3", "head_dim": 128, "max_position_embeddings": 40_960}
 
 
-def _llama3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
+def _llama3(
+    hidden: int, intermediate: int, layers: int, heads: int, tied: bool, positions: int = 131_072
+) -> dict[str, Any]:
     config = _qwen2(hidden, intermediate, layers, heads, 8, tied, 128_256)
-    return config | {"model_type": "llama", "max_position_embeddings": 131_072}
+    return config | {"model_type": "llama", "max_position_embeddings": positions}
 
 
 CONFIGS = {
@@ -45,6 +47,7 @@ CONFIGS = {
     "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, True),
     "Qwen3-4B": _qwen3(2560, 9728, 36, 32, True),
     "Qwen3-8B": _qwen3(4096, 12_288, 36, 32, False),
+    "Llama-3-8B": _llama3(4096, 14_336, 32, 32, False, 8192),
     "Llama-3.2-1B": _llama3(2048, 8192, 16, 32, True),
     "Llama-3.2-3B": _llama3(3072, 8192, 28, 24, True),
     "Llama-3.1-8B": _llama3(4096, 14_336, 32, 32, False),
@@ -53,12 +56,13 @@ CONFIGS = {
 
 _OWNERS = ("Qwen", "meta-llama")
 _SUFFIXES = ("", "-Instruct", "-Base", "-Instruct-2507", "-Thinking-2507")
-"""Variants of a size have one shape. Qwen2.5 and Llama call the base model by the bare name, Qwen3 the chat model."""
+"""Variants of a size have one shape. Qwen2.5 and Llama call the base model by the bare name, Qwen3 the chat model.
+Llama's repositories up to 3.1 may be called Meta-Llama."""
 
 
 def known_config(path: str) -> dict[str, Any] | None:
     """The config of a hub id in the table; None for another."""
-    owner, _, name = path.rpartition("/")
+    owner, _, name = path.replace("meta-llama/Meta-", "meta-llama/").rpartition("/")
     if owner not in _OWNERS:
         return None
     return next(

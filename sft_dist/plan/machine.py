@@ -60,21 +60,35 @@ class Machine:
         return f"{nodes}{self.per_node} x {self.card or 'GPU'} with {memory}"
 
 
-def parse_gpus(text: str) -> Machine:
-    """`80GB`, `4x80GB`, `2x8x80GB` (nodes, GPUs of each, memory of each), `H100`, `8xH100`. Raises ConfigError."""
+def parse_gpus(text: str, *, host_memory: str | None = None) -> Machine:
+    """`80GB`, `4x80GB`, `2x8x80GB` (nodes, GPUs of each, memory of each), `H100`, `8xH100`. Raises ConfigError.
+
+    host_memory: of a node, `64GB`; None where nobody said.
+    """
     *counts, kind = re.split(r"(?<=\d)x(?=\w)", text.strip(), flags=re.IGNORECASE)
     sizes = [int(count) for count in counts if count.isdecimal()]
     if len(sizes) == len(counts) <= 2 and 0 not in sizes:
         nodes, gpus = ([1, 1, *sizes])[-2:]
-        memory, card = _MEMORY.fullmatch(kind), _card(kind)
-        if memory is not None or card is not None:
-            unit = 2**30 if memory is not None and memory[2].lower() == "gib" else 10**9
-            size = float(memory[1]) if memory is not None else CARDS[card or ""]
-            return Machine(nodes, gpus, int(size * unit), "cuda", card, f"--gpus {text}")
+        card = _card(kind)
+        if memory := CARDS[card] * 10**9 if card is not None else _bytes(kind):
+            host = None if host_memory is None else _host_bytes(host_memory)
+            return Machine(nodes, gpus, memory, "cuda", card, f"--gpus {text}", host)
     raise ConfigError(
         f"--gpus {text}: expected a memory or a card with counts before it, as 80GB, 4x80GB, 2x8x80GB (nodes x GPUs x "
         f"memory), 8xH100; cards: {', '.join(CARDS)}"
     )
+
+
+def _host_bytes(text: str) -> int:
+    if size := _bytes(text):
+        return size
+    raise ConfigError(f"--host-memory {text}: expected the memory of a node, as 64GB or 64GiB")
+
+
+def _bytes(text: str) -> int:
+    """Of a memory with its unit; 0 for what is none."""
+    found = _MEMORY.fullmatch(text.strip())
+    return int(float(found[1]) * (2**30 if found[2].lower() == "gib" else 10**9)) if found is not None else 0
 
 
 def _card(name: str) -> str | None:

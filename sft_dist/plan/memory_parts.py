@@ -20,6 +20,9 @@ MASTER_BYTES = 4
 MOMENT_BYTES = 8
 """AdamW's two moments, fp32."""
 
+CHECKPOINT_BYTES = MASTER_BYTES + MOMENT_BYTES
+"""A parameter in a checkpoint."""
+
 GRADIENT_BYTES = 4
 """Gradients are summed over micro-batches in fp32, whatever the weights are."""
 
@@ -129,7 +132,7 @@ def _state(num_params: int, training: Training) -> dict[str, float]:
 def copy_bytes(num_params: int, training: Training) -> float:
     """Host memory for the copy of a checkpoint that is written behind the training: this process's part of it."""
     share = num_params / training.num_processes
-    return (MASTER_BYTES + MOMENT_BYTES) * share if training.saves_in_background else 0
+    return CHECKPOINT_BYTES * share if training.saves_in_background else 0
 
 
 def buffer_bytes(num_params: int, largest: int, training: Training) -> dict[str, float]:

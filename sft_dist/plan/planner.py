@@ -20,7 +20,7 @@ from sft_dist.errors import ConfigError, SftDistError
 from sft_dist.peaks import peak_flops
 from sft_dist.plan.machine import Machine, parse_gpus, this_machine
 from sft_dist.plan.memory import Need, need
-from sft_dist.plan.memory_parts import MASTER_BYTES, MOMENT_BYTES
+from sft_dist.plan.memory_parts import BYTES_OF_DTYPE, CHECKPOINT_BYTES
 from sft_dist.run_files import METRICS
 from sft_dist.run_record import read_starts
 from sft_dist.shape import ModelShape
@@ -87,6 +87,7 @@ class Asked:
     """What the flags of `sft-dist plan` say. mfu: in percent."""
 
     gpus: str | None = None
+    host_memory: str | None = None
     processes: int | None = None
     tokens: int | None = None
     examples: int | None = None
@@ -96,7 +97,7 @@ class Asked:
 
 def make_plan(recipe: Recipe, asked: Asked) -> Plan:
     """Raises ConfigError for a model whose shape is not known, and for flags that make no sense together."""
-    machine = parse_gpus(asked.gpus) if asked.gpus else this_machine(processes=asked.processes)
+    machine = _machine(asked)
     shape = find_shape(recipe, may_fetch=True)
     if shape is None:
         raise ConfigError(
@@ -119,8 +120,21 @@ def make_plan(recipe: Recipe, asked: Asked) -> Plan:
         fastest=next((setting for setting in sorted(settings, key=_slowness) if not setting.why_not), None),
         work=work,
         time=time_of(recipe, machine, shape, work, asked),
-        disk=disk_bytes(recipe, shape, dtype, work),
+        disk=disk_bytes(recipe, shape.all_params, dtype, work),
     )
+
+
+def _machine(asked: Asked) -> Machine:
+    if asked.gpus is None:
+        if asked.host_memory is not None:
+            raise ConfigError(f"--host-memory {asked.host_memory} needs --gpus: this machine's memory is known")
+        return this_machine(processes=asked.processes)
+    if asked.processes is not None:
+        raise ConfigError(
+            f"--processes {asked.processes} is of this machine, and --gpus {asked.gpus} of another, with a process on "
+            "each GPU: leave one of them out"
+        )
+    return parse_gpus(asked.gpus, host_memory=asked.host_memory)
 
 
 def _own_engine(recipe: Recipe, machine: Machine, shape: ModelShape, dtype: str) -> tuple[str, str]:
@@ -261,15 +275,18 @@ def _rate_of_run(recipe: Recipe) -> tuple[float, str] | None:
     return statistics.median(rates), f"the median of {len(rates):,} steps of {path}{where}"
 
 
-def disk_bytes(recipe: Recipe, shape: ModelShape, dtype: str, work: Work) -> dict[str, int]:
-    """Checkpoints that are kept and the one that is being written, the exported model, the token store."""
-    train = recipe.train
+def disk_bytes(recipe: Recipe, num_params: int, dtype: str, work: Work) -> dict[str, int]:
+    """Checkpoints that are kept and the one that is being written, the exported model, the token store.
+
+    train.keep_every counts where the number of steps is known, by `work` or by train.steps.
+    """
+    train, steps = recipe.train, work.steps or recipe.train.steps
     kept = train.keep_checkpoints + train.keep_best
-    if train.keep_every is not None and work.steps is not None:
-        kept += work.steps // train.keep_every
-    one = (MASTER_BYTES + MOMENT_BYTES) * shape.all_params
+    if train.keep_every is not None and steps is not None:
+        kept += steps // train.keep_every
+    one = CHECKPOINT_BYTES * num_params
     found = {"a checkpoint": one, f"{kept} kept and one being written": (kept + 1) * one}
-    found["the model"] = shape.all_params * (4 if dtype == "fp32" else 2)
+    found["the model"] = num_params * BYTES_OF_DTYPE[dtype]
     if work.tokens is not None and train.steps is None:
         found["the token store, about"] = BYTES_PER_TOKEN * work.tokens // (train.epochs or 1)
     return found

@@ -12,6 +12,7 @@ from rich.text import Text
 from sft_dist.console import print_pairs
 from sft_dist.plan.memory import PARTS
 from sft_dist.plan.planner import Plan, Setting
+from sft_dist.status import duration
 
 LOOKS = {
     "weights": ("W", "blue"),
@@ -170,12 +171,7 @@ def _totals(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "time", "not known: give --tokens-per-s, or --mfu with a card; a run of this recipe leaves its rate"
     else:
         rate = f"{plan.time.tokens_per_s:,.0f} tokens/s ({plan.time.source})"
-        yield "time", rate if plan.time.seconds is None else f"{_duration(plan.time.seconds)} at {rate}, without saving"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+        yield "time", rate if plan.time.seconds is None else f"{duration(plan.time.seconds)} at {rate}, without saving"
 
 
 def to_json(plan: Plan) -> str:

@@ -45,8 +45,13 @@ def add_verbs(verbs: Verbs) -> None:
         "demo", help="the whole job on a CPU: data, tiny model, two processes with ZeRO-2, held-out scores, an answer"
     )
     demo.add_argument("--dir", type=Path, default=Path("demo"), help="where everything is written (default: ./demo)")
-    demo.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
-    demo.add_argument("--examples", type=int, help="write this many training examples, and an eighth to hold out")
+    demo.add_argument("--steps", type=count_from(1), metavar="N", help="train this many steps instead of the recipe's")
+    demo.add_argument(
+        "--examples",
+        type=count_from(1),
+        metavar="N",
+        help="write this many training examples, and an eighth to hold out",
+    )
     demo.set_defaults(verb=_demo)
 
 

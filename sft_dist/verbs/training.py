@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from sft_dist.errors import SftDistError
@@ -83,6 +84,7 @@ def _add_plan(verbs: Verbs) -> None:
     )
     text = "plan for 80GB, 4x80GB, 2x8x80GB (nodes x GPUs x memory), H100, 8xH100 (default: this machine)"
     plan.add_argument("--gpus", metavar="G", help=text)
+    plan.add_argument("--host-memory", metavar="M", help="with --gpus: memory of each node, as 64GB (default: enough)")
     plan.add_argument("--processes", type=count_from(1), metavar="N", help="processes on this machine")
     plan.add_argument("--tokens", type=count_from(1), metavar="N", help="tokens of an epoch, where no store says it")
     plan.add_argument("--examples", type=count_from(1), metavar="N", help="examples of an epoch")
@@ -208,10 +210,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from sft_dist.plan.report import print_plan, to_json
 
     recipe = load_recipe(recipe_path(arguments.recipe), arguments.overrides)
-    asked = {
-        name: getattr(arguments, name) for name in ("gpus", "processes", "tokens", "examples", "tokens_per_s", "mfu")
-    }
-    plan = make_plan(recipe, Asked(**asked))
+    plan = make_plan(recipe, Asked(**{field.name: getattr(arguments, field.name) for field in fields(Asked)}))
     if arguments.picture:
         draw_plan(plan, arguments.picture)
     if arguments.json:

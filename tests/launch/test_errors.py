@@ -207,6 +207,13 @@ def test_the_demo_deletes_nothing_of_others(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "recipe.yaml").read_text() == "mine"
 
 
+@pytest.mark.parametrize("flag", ["--steps", "--examples"])
+def test_a_demo_of_nothing_is_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["demo", "--dir", str(tmp_path), flag, "0"])
+    assert "'0' is no whole number of 1 or more" in capsys.readouterr().err
+
+
 def test_a_model_whose_logits_disagree(
     recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,11 @@ def test_the_resolved_recipe_parses_to_itself(minimal: Path, tmp_path: Path) -> 
     again = tmp_path / "again.yaml"
     again.write_text(recipe.to_yaml())
     assert load_recipe(again) == recipe
+    assert "\nwandb: null\n" in again.read_text()
+    changed = load_recipe(again, ["wandb.project=x", "evaluate.tasks.a=json"])
+    assert changed == load_recipe(minimal, ["wandb.project=x", "evaluate.tasks.a=json"])
+    assert changed.wandb is not None
+    assert changed.wandb.project == "x"
 
 
 def test_overrides_are_yaml(minimal: Path) -> None:
@@ -182,6 +187,8 @@ def test_held_out_sources_are_one_set_or_several_by_name(
         (["evaluate.keep_best_by=general/loss"], "names the set 'general'; data.held_out has none"),
         (["evaluate.keep_best_by=loss/"], "expected loss, score, SET/loss"),
         (["evaluate.generate_every=5"], "evaluate.generate_every needs data.held_out"),
+        (["train.eval_every=5"], "train.eval_every needs data.held_out"),
+        (["train.eval_every=5", "train.keep_best=1"], "train.eval_every needs data.held_out"),
         (
             ["data.held_out_share=0.1", "train.keep_best=1", "evaluate.keep_best_by=score"],
             "needs evaluate.generate_every",

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sft_dist import checkpoint
 from sft_dist.config import load_recipe
-from sft_dist.doctor import ask_directory, ask_training, recipe, topology
+from sft_dist.data.prepare import open_or_prepare
+from sft_dist.doctor import ask_directory, ask_training, topology
 from sft_dist.doctor.environment import check_environment
 from sft_dist.doctor.finding import Finding, Group, Verdict
 from sft_dist.doctor.gpus import FIELDS, GROUP, gpu_findings, has_kernels, parse_gpus, torch_gpu_findings
@@ -448,13 +448,25 @@ def test_a_recipe_is_held_against_the_machine(
     environ = {"HF_HUB_OFFLINE": "1"}
     found = verdicts(check_recipe(lacking, needs_of(lacking), environ))
     assert [found[name] for name in ("model", "data.train", "data.chat_template", "train.deepspeed")] == ["problem"] * 4
-    assert verdicts(check_recipe(lacking, needs_of(lacking), {}))["model"] == "note", "a run can download it"
+    for can_fetch in ({}, {"HF_HUB_OFFLINE": "0"}, {"HF_HUB_OFFLINE": "false"}):
+        assert verdicts(check_recipe(lacking, needs_of(lacking), can_fetch))["model"] == "note", "a run can download it"
     few = load_recipe(path, ["batch.examples=1"])
     assert verdicts(check_recipe(few, needs_of(few)))["launch"] == "ok"
 
 
-def test_bytes_of_a_checkpoint_are_those_that_are_written() -> None:
-    assert recipe.CHECKPOINT_BYTES == checkpoint.BYTES_PER_ELEMENT
+def test_checkpoints_that_are_kept_for_ever_count_for_the_disk(tmp_path: Path, tied_model: Path) -> None:
+    path = tiny.write_recipe(tmp_path, tied_model, train={"keep_checkpoints": 1, "keep_every": 2, "steps": 9})
+    recipe = load_recipe(path)
+    needs = needs_of(recipe)
+    assert needs.num_parameters is not None
+    assert needs.num_bytes == needs.num_parameters * ((1 + 4 + 1) * 12 + 4), "at steps 2, 4, 6 and 8"
+    assert "train.keep_every" not in verdicts(check_recipe(recipe, needs))
+    epochs = load_recipe(path, ["train.steps=null", "train.epochs=3"])
+    assert verdicts(check_recipe(epochs, needs_of(epochs)))["train.keep_every"] == "note"
+    store = open_or_prepare(epochs, epochs.data.train, console=Console(quiet=True))
+    needs, kept = needs_of(epochs), 3 * -(-len(store) // 8) // 2
+    assert needs.num_bytes == needs.num_parameters * ((1 + kept + 1) * 12 + 4)
+    assert "train.keep_every" not in verdicts(check_recipe(epochs, needs))
 
 
 def test_attention_of_a_recipe_is_tried_and_a_refusal_told(tmp_path: Path, tied_model: Path) -> None:

@@ -45,6 +45,7 @@ PUBLISHED = {
     "Qwen3-1.7B": 1_720_574_976,
     "Qwen3-4B": 4_022_468_096,
     "Qwen3-8B": 8_190_735_360,
+    "Llama-3-8B": 8_030_261_248,
     "Llama-3.2-1B": 1_235_814_400,
     "Llama-3.2-3B": 3_212_749_824,
     "Llama-3.1-8B": 8_030_261_248,
@@ -73,13 +74,16 @@ def test_known_models_have_the_published_number_of_parameters() -> None:
         ("Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B"),
         ("Qwen/Qwen3-8B-Base", "Qwen3-8B"),
         ("meta-llama/Llama-3.2-3B-Instruct", "Llama-3.2-3B"),
+        ("meta-llama/Meta-Llama-3-8B", "Llama-3-8B"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "Llama-3-8B"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Llama-3.1-8B"),
     ],
 )
 def test_variants_of_a_model_have_its_shape(path: str, name: str) -> None:
     assert known_config(path) == CONFIGS[name]
 
 
-@pytest.mark.parametrize("path", ["someone/Qwen3-4B", "Qwen/Qwen3-4B-GGUF", "Qwen/Qwen3-40B"])
+@pytest.mark.parametrize("path", ["someone/Qwen3-4B", "Qwen/Qwen3-4B-GGUF", "Qwen/Qwen3-40B", "Qwen/Meta-Qwen3-4B"])
 def test_a_name_that_is_not_in_the_table_is_not_guessed(path: str) -> None:
     assert known_config(path) is None
 

@@ -236,12 +236,12 @@ def test_a_share_of_warm_up_needs_the_number_of_steps(
     write_rows(tmp_path)
     monkeypatch.chdir(tmp_path)
     counted = {**TRL, "datasets": [{"path": "json", "data_files": ["data/chats.jsonl"]}], "num_train_epochs": 2.5}
-    sizes = {"per_device_train_batch_size": 30, "warmup_ratio": 0.1, "eval_strategy": "epoch"}
+    sizes = {"per_device_train_batch_size": 30, "warmup_ratio": 0.1, "save_strategy": "epoch"}
     found = convert({**counted, **sizes}).recipe
     per_epoch = -(-NUM_ROWS // 30)
     assert found["train"]["steps"] == -(-per_epoch * 5 // 2), "half an epoch is steps"
     assert found["optim"]["warmup_steps"] == -(-found["train"]["steps"] // 10)
-    assert found["train"]["eval_every"] == per_epoch
+    assert found["train"]["save_every"] == per_epoch
 
 
 def test_defaults_of_theirs_are_written_out(convert: Any) -> None:
@@ -291,6 +291,42 @@ def test_values_are_translated(given: dict[str, Any], key: str, expected: Any, c
     section, _, name = key.partition(".")
     found = convert({**TRL, **given}).recipe[section][name]
     assert found == pytest.approx(expected) if isinstance(expected, float) else found == expected
+
+
+@pytest.mark.parametrize("given", [TRL, FACTORY, AXOLOTL], ids=["trl", "llamafactory", "axolotl"])
+def test_a_0_turns_off_what_comes_every_so_many_steps(given: dict[str, Any], convert: Any) -> None:
+    share = {"val_size": 0.1, "val_set_size": 0.1, "test_split_size": 0.1}
+    off = convert({**given, **share, "eval_steps": 0, "save_steps": 0, "save_strategy": "steps"}, steps=100)
+    assert not {"eval_every", "save_every"} & off.recipe["train"].keys()
+    assert {"eval_steps", "save_steps", "save_strategy"} <= set(off.ledger.idle)
+
+
+def test_null_is_the_default_of_a_strategy(convert: Any) -> None:
+    assert "held_out" not in convert({**TRL, "eval_strategy": None}).recipe["data"]
+    assert "held_out" in convert({**TRL, "eval_strategy": "epoch"}).recipe["data"]
+
+
+@pytest.mark.parametrize("given", [FACTORY, AXOLOTL, {**AXOLOTL, "evals_per_epoch": 2}, TRL])
+def test_losses_without_held_out_data_need_a_word(given: dict[str, Any], convert: Any) -> None:
+    found = convert({**given, "eval_steps": 5, "load_best_model_at_end": True}, steps=50)
+    assert not {"eval_every", "keep_best"} & found.recipe["train"].keys()
+    assert "there is no held-out data" in said(found.ledger.asked)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({**AXOLOTL, "wandb_project": "clinic"}, "wandb_project: clinic"),
+        ({**AXOLOTL, "wandb_project": "clinic", "report_to": "wandb"}, "wandb_project: clinic, report_to: wandb"),
+        ({**TRL, "project": "clinic", "report_to": "wandb"}, "project: clinic, report_to: wandb"),
+        ({**TRL, "project": "clinic"}, "project: clinic"),
+        ({**FACTORY, "report_to": "wandb"}, "report_to: wandb"),
+    ],
+)
+def test_where_wandb_comes_from_is_said(given: dict[str, Any], expected: str, convert: Any) -> None:
+    ledger = convert(given).ledger
+    assert [each.theirs for each in ledger.taken if each.ours.startswith("wandb.project")] == [expected]
+    assert ledger.unknown == []
 
 
 def test_optimizers_and_schedules_without_counterpart_need_a_word(convert: Any) -> None:
@@ -361,7 +397,7 @@ def test_files_that_are_none_are_refused_in_words(text: str, words: str, tmp_pat
 def test_dataset_info_becomes_sources(convert: Any, tmp_path: Path) -> None:
     info = {
         "notes": {"file_name": "notes.json", "num_samples": 10},
-        "chats": {"file_name": "chats.jsonl", "formatting": "sharegpt"},
+        "chats": {"file_name": "chats.jsonl", "formatting": "sharegpt", "num_samples": 5},
         "openai": {
             "hf_hub_url": "a/b",
             "split": "train[:10]",
@@ -377,8 +413,8 @@ def test_dataset_info_becomes_sources(convert: Any, tmp_path: Path) -> None:
     found = convert(given)
     folder = tmp_path / "data"
     assert found.recipe["data"]["train"] == [
-        {"path": str(folder / "notes.json"), "cap": 10, "format": "alpaca"},
-        {"path": str(folder / "chats.jsonl"), "format": "sharegpt", "cap": 7},
+        {"path": str(folder / "notes.json"), "cap": 7, "format": "alpaca"},
+        {"path": str(folder / "chats.jsonl"), "format": "sharegpt", "cap": 5},
         {"path": "a/b", "split": "train[:10]", "format": "messages", "cap": 7},
         {"path": str(folder / "odd.csv"), "format": "alpaca", "cap": 7},
     ]
@@ -415,5 +451,8 @@ def test_comments_keep_the_recipe_what_it_is_and_hide_secrets(convert: Any) -> N
     given = {**TRL, "run_name": "a # b: c", "hub_token": "hf_" + "a" * 30, "chat_template_path": "x\n- y.jinja"}
     found = convert(given)
     assert yaml.safe_load(found.commented) == found.recipe
+    template = convert({**AXOLOTL, "chat_template": "{{ messages }}\nloss: example_mean\n\u2028train: {steps: 1}"})
+    assert yaml.safe_load(template.commented) == template.recipe
+    assert "steps: 1" in next(line for line in template.commented.splitlines() if "NEEDS YOUR WORD  chat_t" in line)
     assert yaml.safe_load(to_yaml(found.ledger, origin="trl", file="f.yaml")) == found.recipe
     assert "hf_aaa" not in found.commented

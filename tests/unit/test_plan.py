@@ -51,7 +51,7 @@ def test_machines_are_read(text: str, nodes: int, per_node: int, gb: float, card
     assert machine.memory_bytes == pytest.approx(gb * GB)
 
 
-@pytest.mark.parametrize("text", ["", "x", "80", "0x80GB", "8xTPU", "2x2x2x80GB", "8x"])
+@pytest.mark.parametrize("text", ["", "x", "80", "0x80GB", "0GB", "8x0.0GiB", "8xTPU", "2x2x2x80GB", "8x"])
 def test_what_is_no_machine_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected a memory or a card with counts before it"):
         parse_gpus(text)
@@ -100,6 +100,32 @@ def test_host_memory_of_this_machine_is_a_limit_too(tmp_path: Path, monkeypatch:
     assert all(setting.why_not.startswith("host memory: ") for setting in offloads)
 
 
+def test_host_memory_of_another_machine_is_a_limit_where_it_is_said(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    plan = make_plan(recipe, Asked(gpus="2x8x80GB", host_memory="100GB"))
+    assert plan.machine.host_bytes == 100 * GB
+    for setting in plan.settings:
+        node = 8 * setting.need.host_bytes
+        if setting.need.device_bytes <= 80 * GB:
+            assert setting.why_not == (f"host memory: {node / GB:.0f} GB of 100 GB" if node > 100 * GB else "")
+    path = str(tmp_path / "r.yaml")
+    assert cli.main(["plan", path, "--gpus", "8x80GB", "--host-memory", "64GB"]) == 1, "no room for a checkpoint's copy"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Asked(gpus="8xH100", processes=4), "--processes 4 is of this machine, and --gpus 8xH100 of another"),
+        (Asked(host_memory="64GB"), "--host-memory 64GB needs --gpus"),
+        (Asked(gpus="80GB", host_memory="0GB"), "--host-memory 0GB: expected the memory of a node"),
+        (Asked(gpus="80GB", host_memory="64"), "--host-memory 64: expected the memory of a node"),
+    ],
+)
+def test_flags_that_make_no_sense_together_are_refused(asked: Asked, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(recipe_for(tmp_path), asked)
+
+
 def test_tokens_and_steps_come_from_the_store_or_from_flags_or_are_not_known(tmp_path: Path, tied_model: Path) -> None:
     recipe = recipe_for(tmp_path, str(tied_model), train={"steps": None, "epochs": 3})
     assert make_plan(recipe, Asked(gpus="80GB")).work.source.startswith("not known: run sft-dist prepare")
@@ -130,7 +156,7 @@ def test_time_is_tokens_over_a_rate_that_is_given_or_follows_from_the_peak(tmp_p
 
 def test_disk_is_counted_for_what_is_kept_and_what_is_being_written(tmp_path: Path) -> None:
     train = {"keep_checkpoints": 3, "keep_every": 10, "steps": 50}
-    plan = make_plan(recipe_for(tmp_path, train=train), Asked(gpus="80GB", examples=1))
+    plan = make_plan(recipe_for(tmp_path, train=train), Asked(gpus="80GB"))
     one = 12 * plan.shape.all_params
     assert plan.disk["a checkpoint"] == one
     assert plan.disk["8 kept and one being written"] == 9 * one
@@ -140,10 +166,12 @@ def test_disk_is_counted_for_what_is_kept_and_what_is_being_written(tmp_path: Pa
 @pytest.mark.parametrize("width", [80, 100])
 def test_nothing_that_is_printed_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
     file = (tmp_path / "out").open("w")
+    asked = Asked(gpus="8x80GB", tokens=252_180_000, tokens_per_s=1000.0)
     console = Console(width=width, record=True, force_terminal=True, color_system=None, file=file)
-    plan = make_plan(recipe_for(tmp_path), Asked(gpus="8x80GB", tokens=10**6, tokens_per_s=1000.0))
+    plan = make_plan(recipe_for(tmp_path, train={"steps": None}), asked)
     print_plan(plan, console)
     lines = console.export_text().splitlines()
+    assert any(line.split()[:5] == ["time", "2", "d", "22", "h"] for line in lines), "as status says it: 70 h 3 min"
     assert max(map(len, lines)) <= width
     for setting in plan.settings:
         numbers = f"{setting.need.device_bytes / 1e9:.1f}"

@@ -14,6 +14,7 @@ from sft_dist.plan.planner import Asked, make_plan
 
 RECIPES = {path.stem: path for path in package_files.recipes() if path.stem != "demo"}
 VARIANTS = ("chat", "base")
+STATE = ("weights", "gradients", "master", "moments")
 
 
 def machine_of(name: str) -> str:
@@ -48,11 +49,56 @@ def test_it_fits_its_machine_as_its_comment_says(name: str, variant: str) -> Non
     assert recipe.run.name == name
     is_base = recipe.model.path in ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen3-4B-Base", "Qwen/Qwen3-8B-Base")
     assert is_base == (variant == "base")
-    plan = make_plan(recipe, Asked(gpus=machine_of(name)))
+    host = re.search(r"with (\d+ GB) of host memory", RECIPES[name].read_text())
+    plan = make_plan(recipe, Asked(gpus=machine_of(name), host_memory=host[1] if host else None))
     assert plan.own.why_not == ""
     said = re.search(r"pack_tokens: \d+ # (\d+) GB by the plan", RECIPES[name].read_text())
     assert said is not None
     assert round(plan.own.need.device_bytes / 1e9) == int(said[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("qwen2.5-1.5b-1x24gb", "", "master and moments are {all} GB"),
+        ("qwen2.5-1.5b-1x24gb", "", "goes to host memory ({host} GB, with the copy of a checkpoint)"),
+        ("qwen2.5-1.5b-1x24gb", "model.checkpointing=none", "packs of 16,384 tokens would need {device} GB"),
+        ("qwen2.5-1.5b-1x80gb", "batch.pack_tokens=16384 train.engine=single", "16384 needs {device}: only with"),
+        ("qwen2.5-1.5b-8x80gb", "batch.pack_tokens=16384 train.engine=ddp", "16384 needs {device}: only with"),
+        ("qwen3-4b-8x80gb", "", "ZeRO-2 leaves {state} GB of it on each GPU"),
+        ("qwen3-4b-8x80gb", "model.checkpointing=none", "packs of 16,384 tokens would need {device} GB"),
+        ("qwen3-4b-8x80gb", "train.engine=zero1", "zero1 sends less and needs {more} GB more"),
+        ("qwen3-4b-8x80gb", "train.engine=zero3", "zero3 saves {less} GB"),
+        ("qwen3-8b-1x141gb", "", "its copy takes {copy} GB of host memory"),
+        ("qwen3-8b-1x141gb", "train.engine=zero2_offload", "({device} GB on the GPU, {host} GB of host memory)"),
+        ("qwen3-8b-8x80gb", "", "an eighth of each on a GPU, {state} GB"),
+        ("qwen3-8b-8x80gb", "train.engine=zero2", "zero2 needs {more} GB more"),
+        ("qwen3-8b-8x80gb", "model.checkpointing=none", "would need more than {tens} GB"),
+        ("qwen3-8b-2x8x80gb", "model.checkpointing=none", "would need more than {tens} GB"),
+        ("qwen3-8b-4x8x80gb", "model.checkpointing=none", "would need more than {tens} GB"),
+        ("qwen3-8b-2x8x80gb", "", "1/16 of the state on a GPU, {state} GB"),
+        ("qwen3-8b-2x8x80gb", "train.engine=zero1", "zero1 fits, too ({device} GB)"),
+        ("qwen3-8b-4x8x80gb", "", "1/32 of the state on a GPU, {state} GB"),
+        ("qwen3-8b-4x8x80gb", "train.engine=zero1", "zero1 fits, too ({device} GB)"),
+    ],
+)  # fmt: skip
+def test_its_comments_say_what_the_plan_says(name: str, words: str, said: str) -> None:
+    recipe, asked = load_recipe(RECIPES[name]), Asked(gpus=machine_of(name))
+    plan = make_plan(load_recipe(RECIPES[name], words.split()), asked)
+    usual, need = make_plan(recipe, asked).own.need, plan.own.need
+    numbers = {
+        "device": need.device_bytes,
+        "tens": need.device_bytes // 10**10 * 10**10,
+        "host": need.host_bytes,
+        "copy": need.host.get("buffers", 0),
+        "state": sum(need.device[part] for part in STATE),
+        "all": 18 * plan.shape.all_params,
+        "more": need.device_bytes - usual.device_bytes,
+        "less": usual.device_bytes - need.device_bytes,
+    }
+    comments = " ".join(line.partition("#")[2].strip() for line in RECIPES[name].read_text().splitlines())
+    expected = said.format(**{what: round(size / 1e9) for what, size in numbers.items()})
+    assert expected in " ".join(comments.split())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
