@@ -228,7 +228,7 @@ def _per_epoch(ledger: Ledger, what: str, length: schedule.Length) -> None:
     elif length.per_epoch:
         ledger.put(
             f"train.{what}_every",
-            max(1, length.per_epoch // int(count)),
+            max(1, int(length.per_epoch / shared.number(count))),
             theirs=key,
             meaning=f"{length.per_epoch} steps an epoch",
         )

@@ -301,6 +301,18 @@ def test_a_0_turns_off_what_comes_every_so_many_steps(given: dict[str, Any], con
     assert {"eval_steps", "save_steps", "save_strategy"} <= set(off.ledger.idle)
 
 
+@pytest.mark.parametrize(("count", "share"), [(2, 0.5), (0.5, 2), ("1", 1)])
+def test_so_many_times_an_epoch_is_every_so_many_steps(
+    count: Any, share: float, convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rows = {"path": "json", "data_files": ["data/chats.jsonl"], "type": "chat_template", "field_messages": "messages"}
+    given = {**AXOLOTL, "datasets": [rows], "micro_batch_size": 32, "gradient_accumulation_steps": 1}
+    found = convert({**given, "saves_per_epoch": count}).recipe["train"]
+    assert found["save_every"] == NUM_ROWS // 32 * share
+
+
 def test_null_is_the_default_of_a_strategy(convert: Any) -> None:
     assert "held_out" not in convert({**TRL, "eval_strategy": None}).recipe["data"]
     assert "held_out" in convert({**TRL, "eval_strategy": "epoch"}).recipe["data"]
