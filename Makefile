@@ -8,13 +8,13 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint mutants bench bench-check bench-data bench-smoke bench-checkpoints plan-check faults faults-full soak soak-short slurm wheel docs notebook clean
+.PHONY: demo test lint mutants bench bench-check bench-data bench-smoke bench-checkpoints plan-check faults faults-full soak soak-short hosts slurm wheel docs notebook clean
 
 demo: $(VENV)/installed
 	$(BIN)/sft-dist demo
 
 # Two at a time; by itself what measures seconds, and what runs on as many processes as there are cores and more.
-ALONE := tests/unit/test_schedule.py
+ALONE := tests/unit/test_schedule_speed.py
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/launch tests/browser tests/unit tests/gpu $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest $(ALONE) tests/numerics tests/distributed
@@ -49,6 +49,10 @@ soak-short: $(VENV)/installed
 
 soak: $(VENV)/installed
 	$(BIN)/python tests/faults/soak.py --kills 30
+
+# Two hosts, each with processes and network devices of its own: two minutes. As root.
+hosts: $(VENV)/installed
+	$(BIN)/python -m pytest tests/hosts
 
 # Real trainings on a SLURM cluster of two nodes that exists only meanwhile: ten minutes. As root, with Debian's packages.
 slurm: $(VENV)/installed

@@ -54,7 +54,7 @@ class NotRun:
 
 FRONT_DOORS = "tests/launch/test_front_doors.py::test_accelerate_torchrun_and_python_draw_one_curve"
 LAUNCHED = "tests/launch/test_signals.py::test_two_signals_to_the_launcher_save_once_and_it_returns_0"
-HOSTS = "tests/launch/test_hosts.py::test_a_signal_on_one_host_stops_both_and_another_launcher_goes_on"
+HOSTS = "tests/hosts/test_hosts.py::test_a_signal_on_one_host_stops_both_and_another_launcher_goes_on"
 PUSHED = "tests/launch/test_push.py::test_a_push_arrives_byte_for_byte_and_what_goes_wrong_is_one_line"
 TRIED = "tests/unit/test_doctor.py::test_two_processes_sum_and_train_three_steps"
 SCALED = (

@@ -15,8 +15,8 @@ from sft_dist.commits import committed
 from sft_dist.metrics import read_steps
 from sft_dist.run_files import INTERRUPTED, STOP_FILE
 from tests import tiny
+from tests.hosts.namespaces import Host, missing, two_hosts
 from tests.launch.launched import NO_COMPILER
-from tests.launch.namespaces import Host, missing, two_hosts
 
 ROOT = Path(__file__).parents[2]
 PORT = "29533"  # of a network that is made here
@@ -183,7 +183,7 @@ def test_a_host_that_waits_for_the_others_ends_on_a_signal(
 def test_hosts_vanish_with_whoever_made_them() -> None:
     """Also when that is killed: nothing is left to clean up."""
     makes_hosts = (
-        "import time\nfrom tests.launch.namespaces import two_hosts\n"
+        "import time\nfrom tests.hosts.namespaces import two_hosts\n"
         "with two_hosts() as hosts:\n    print(*(host.pid for host in hosts), flush=True)\n    time.sleep(60)\n"
     )
     maker = subprocess.Popen([sys.executable, "-c", makes_hosts], env=ENVIRON, stdout=subprocess.PIPE, text=True)

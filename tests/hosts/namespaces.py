@@ -17,7 +17,7 @@ def missing() -> str:
     if absent:
         return f"no {', '.join(absent)}: apt-get install iproute2 util-linux"
     if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
-        return "network namespaces need root: sudo -E env PATH=$PATH python -m pytest tests/launch/test_hosts.py"
+        return "network namespaces need root: sudo -E env PATH=$PATH python -m pytest tests/hosts"
     return ""
 
 
