@@ -15,7 +15,6 @@ from sft_dist.data.draws import count_shared_prompts
 from sft_dist.data.held_out import HeldOut
 from sft_dist.data.inspect_figures import causes
 from sft_dist.data.schedule import CostModel, Schedule, dominated_steps, global_batches
-from sft_dist.data.shown import safe
 from sft_dist.job import Job
 from sft_dist.model.load import PackedModel, dropout_rates
 from sft_dist.model.verify import Agreement
@@ -59,10 +58,8 @@ def show_banner(
         "check": f"packed loss {agreement.packed_loss:.6f}, "
         f"the model's own document by document {agreement.own_loss:.6f}",
     }
-    if noted := [
-        f"{cause.count:,} {cause.name}, e.g. {cause.examples[0]}" for cause in causes(job.store.meta, "notes")
-    ]:
-        lines["noted"] = "\n".join(map(safe, noted))
+    if noted := causes(job.store.meta, "notes"):
+        lines["noted"] = "\n".join(map(str, noted))
     if planned := job.planned_memory:
         lines["memory"] = f"planned peak {sum(planned.values()) / 1e9:,.2f} GB a process, on its {job.device.type}"
     for held_out in job.held_out:

@@ -8,6 +8,7 @@ A reader trusts a directory only when COMMITTED is there and names the hash of m
 manifest has its size and hash. The newest one is found by looking, never by a pointer.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -354,10 +355,8 @@ def _verify_file(file: Path, expected: dict[str, Any] | None) -> None:
 
 
 def _describe(file: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
     with file.open("rb") as handle:
-        while block := handle.read(2**24):
-            digest.update(block)
+        digest = hashlib.file_digest(handle, xxhash.xxh3_128)
     return {"size_bytes": file.stat().st_size, "xxh3": digest.hexdigest()}
 
 

@@ -1,5 +1,6 @@
 """Answers of a model, with exactly the template and the stop tokens of training."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,10 +78,9 @@ def hash_model(directory: Path) -> str:
     digest = xxhash.xxh3_128()
     for file in sorted(directory.iterdir()):
         if file.suffix in (".safetensors", ".json", ".jinja", ".model"):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             with file.open("rb") as handle:
-                while block := handle.read(2**24):
-                    digest.update(block)
+                content = hashlib.file_digest(handle, xxhash.xxh3_128)
+            digest.update(f"{file.name} {content.hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

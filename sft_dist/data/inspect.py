@@ -97,9 +97,7 @@ def summary(store: TokenStore, console: Console) -> None:
     if meta["examples"] != num_kept:
         rows.append(("examples", str(meta["examples"])))
     for title, key in (("dropped", "dropped"), ("noted", "notes")):
-        for cause in causes(meta, key):
-            example = f", e.g. {safe(cause.examples[0])}" if cause.examples else ""
-            rows.append((title, f"{cause.count} {cause.name}{example}"))
+        rows += [(title, str(cause)) for cause in causes(meta, key)]
     share = meta["response_tokens"] / meta["tokens"]
     rows += [
         ("tokens", f"{meta['tokens']}, of which {meta['response_tokens']} are trained ({share:.1%})"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from sft_dist.config import Recipe
 from sft_dist.data.schedule import CostModel, global_batches
+from sft_dist.data.shown import safe
 from sft_dist.data.steps import held_out_of, schedule_of
 from sft_dist.data.store import TokenStore
 from sft_dist.errors import ConfigError
@@ -69,6 +70,10 @@ class Cause:
     name: str
     count: int
     examples: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line, with the first example."""
+        return f"{self.count} {self.name}" + "".join(f", e.g. {safe(example)}" for example in self.examples[:1])
 
 
 @dataclass(frozen=True)

@@ -188,14 +188,18 @@ class SpanFinder:
 
     def _start_after_prompt(self, conversation: Conversation, text: str, turn: "_Turn", *, low: int) -> int:
         """For a turn without the usual header: where the prompt of inference ends, if the render begins with it."""
-        before = conversation.messages[: turn.index]
-        prompt = self.template.text_of(before, conversation.tools, add_generation_prompt=True)
+        prompt = self._prompt_for(conversation, turn)
         if not (text.startswith(prompt) and low < len(prompt) <= turn.begin):
             raise Refused(
                 "mask_not_verified",
                 f"the template writes turn {turn.index + 1} without {self.markers.header!r} before it",
             )
         return len(prompt)
+
+    def _prompt_for(self, conversation: Conversation, turn: "_Turn") -> str:
+        """What inference asks for a turn with."""
+        earlier = conversation.messages[: turn.index]
+        return self.template.text_of(earlier, conversation.tools, add_generation_prompt=True)
 
     def _asked_otherwise(self, conversation: Conversation, before: str, turn: "_Turn") -> str:
         """How inference asks for a turn that training writes behind `before`, where that differs; else empty.
@@ -205,7 +209,7 @@ class SpanFinder:
         earlier = conversation.messages[: turn.index]
         if earlier and earlier[-1].role == "user" and before.endswith(self.markers.generation_prompt):
             return ""
-        prompt = self.template.text_of(earlier, conversation.tools, add_generation_prompt=True)
+        prompt = self._prompt_for(conversation, turn)
         if prompt == before:
             return ""
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, before, strict=False)))

@@ -194,9 +194,10 @@ class Follower:
 
 def read_state(run_dir: Path) -> tuple[LiveState, Follower]:
     """A run as its files tell it by now, and the reader of what is added to them."""
-    attempts = {attempt_of(line) for line in Follower(run_dir).new_lines()}
-    state, follower = LiveState(run_dir.name, read_starts(run_dir), attempts=attempts), Follower(run_dir)
-    for line in follower.new_lines():
+    follower = Follower(run_dir)
+    lines = list(follower.new_lines())
+    state = LiveState(run_dir.name, read_starts(run_dir), attempts={attempt_of(line) for line in lines})
+    for line in lines:
         state.feed(line)
     return state, follower
 

@@ -103,17 +103,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from sft_dist.report.apart import write_report_apart
     from sft_dist.run_files import METRICS
 
+    console = make_console()
     try:
-        evaluation = evaluate_run(recipe, console=make_console(), before=arguments.before)
+        evaluation = evaluate_run(recipe, console=console, before=arguments.before)
     except SftDistError as error:
         say(error)  # before the group is left, which may take long when a peer has died
         return error.exit_code
     finally:
         leave_process_group()
     if is_main():
-        print_evaluation(evaluation, make_console())
+        print_evaluation(evaluation, console)
         if recipe.run.report and (recipe.run.path / METRICS).exists():
-            write_report_apart(recipe.run.path, make_console())
+            write_report_apart(recipe.run.path, console)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from sft_dist.data.chat import Example
 from sft_dist.data.conversation import Conversation, Message, Origin, ToolCall
 
 FOLDER = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"
@@ -75,6 +76,11 @@ def talk(*turns: tuple[str, str] | Message, tools: Sequence[dict[str, Any]] = ()
         turn if isinstance(turn, Message) else Message(turn[0], turn[1], train=turn[0] == "assistant") for turn in turns
     ]
     return Conversation(tuple(messages), Origin("d.jsonl", 7), tuple(tools))
+
+
+def noted_turns(example: Example, cause: str) -> set[int]:
+    """Turns, from 1, of which something is noted."""
+    return {int(re.match(r"turn (\d+)", note.reason)[1]) for note in example.remarks if note.cause == cause}
 
 
 def calling(content: str = "", **arguments: Any) -> Message:

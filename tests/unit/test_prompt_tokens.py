@@ -4,7 +4,6 @@ The table in docs/templates.md is made here: `UPDATE_DOCS=1 python -m pytest tes
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sft_dist.data.conversation import Conversation
 from sft_dist.demo.dataset import example_texts, generate_examples
 from sft_dist.demo.model import build_tokenizer
 from tests.unit import chat_templates
-from tests.unit.chat_templates import NAMES, SCENARIOS, talk
+from tests.unit.chat_templates import NAMES, SCENARIOS, noted_turns, talk
 from tests.unit.test_templates import UNUSABLE, as_dicts
 
 DOCS = Path(__file__).parents[2] / "docs" / "templates.md"
@@ -69,10 +68,7 @@ def pairs(
         (example,) = tokenizer.encode([shown])
         if not isinstance(example, Example):
             continue
-        context, noted = (
-            {int(re.match(r"turn (\d+)", note.reason)[1]) for note in example.remarks if note.cause == cause}
-            for cause in ("thinking_dropped", "asked_otherwise")
-        )
+        context, noted = (noted_turns(example, cause) for cause in ("thinking_dropped", "asked_otherwise"))
         is_first = np.diff(np.concatenate([[0], example.is_response.astype(int)])) == 1
         trained = [turn for turn in ends if turn <= end and turn not in context]
         starts = np.flatnonzero(is_first).tolist()

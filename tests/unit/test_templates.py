@@ -19,7 +19,7 @@ from sft_dist.data.chat import ChatTokenizer, Example
 from sft_dist.data.conversation import BadRow, Conversation, Message, ToolCall
 from sft_dist.errors import ConfigError
 from tests.unit import chat_templates
-from tests.unit.chat_templates import NAMES, SCENARIOS, WEIGH, talk
+from tests.unit.chat_templates import NAMES, SCENARIOS, WEIGH, noted_turns, talk
 
 DOCS = Path(__file__).parents[2] / "docs" / "templates.md"
 NO_TOOLS = "the template refuses tool turns"
@@ -103,9 +103,10 @@ def cell(tokenizer: ChatTokenizer, scenario: str) -> str:
     if isinstance(result, BadRow):
         return {"thinking_dropped": NO_THINKING, "template_refused": NO_TOOLS}.get(result.cause, result.reason)
     texts = runs(tokenizer.decode, result.input_ids, result.is_response)
-    dropped = [remark.reason for remark in result.remarks if remark.cause == "thinking_dropped"]
-    context = {int(re.match(r"turn (\d+)", reason)[1]) - 1 for reason in dropped}
-    answers = [message for index, message in enumerate(conversation.messages) if message.train and index not in context]
+    context = noted_turns(result, "thinking_dropped")
+    answers = [
+        message for turn, message in enumerate(conversation.messages, 1) if message.train and turn not in context
+    ]
     assert len(texts) == len(answers)
     for text, message in zip(texts, answers, strict=True):
         assert text.endswith(tokenizer.markers.stops)
