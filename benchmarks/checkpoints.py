@@ -82,7 +82,7 @@ def run_rank(task: dict[str, Any]) -> None:
     from sft_dist.model.attention import choose_backend
     from sft_dist.model.load import load_model
     from sft_dist.optim import build_adamw
-    from sft_dist.world import read_world
+    from sft_dist.world import end_process, read_world
 
     torch.set_num_threads(1)
     world, directory = read_world(), Path(task["directory"])
@@ -157,6 +157,7 @@ def run_rank(task: dict[str, Any]) -> None:
     if world.is_main:
         (directory / "found.json").write_text(json.dumps(found))
     leave_process_group()
+    end_process(0)
 
 
 def micro_batch(device: Any) -> Any:

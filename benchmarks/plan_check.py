@@ -93,7 +93,7 @@ def run_rank(recipe: Path, found: Path) -> None:
     from sft_dist.engine.collectives import leave_process_group
     from sft_dist.engine.zero import _import_deepspeed
     from sft_dist.run_record import read_starts
-    from sft_dist.world import read_world
+    from sft_dist.world import end_process, read_world
 
     importlib.import_module("transformers.models.qwen2.modeling_qwen2")
     if recipe.stem.startswith("zero"):
@@ -106,6 +106,7 @@ def run_rank(recipe: Path, found: Path) -> None:
     planned = read_starts(loaded.run.path)[-1]["planned_memory"]
     found.with_suffix(f".{world.rank}.json").write_text(json.dumps({"measured": measured, "planned": planned}))
     leave_process_group()
+    end_process(0)
 
 
 def resident(field: str) -> int:

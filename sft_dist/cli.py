@@ -4,12 +4,21 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from sft_dist import __version__
 from sft_dist.errors import SftDistError
 from sft_dist.redact import RedactingFilter
 from sft_dist.verbs import data, machine, models, runs, training
 from sft_dist.verbs.words import say
+from sft_dist.world import end_process, report_exit
+
+
+def run() -> NoReturn:
+    """What `sft-dist` and `python -m sft_dist` are: `main`, and the end of the process."""
+    code = main()
+    report_exit(code)
+    end_process(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +66,3 @@ def build_parser() -> argparse.ArgumentParser:
     for family in (training, runs, data, models, machine):
         family.add_verbs(verbs)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,15 +4,18 @@ The only reader of launcher environment. `accelerate launch`, `torchrun` and `sr
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a single process.
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from sft_dist.errors import ConfigError
 
@@ -197,3 +200,17 @@ def report_exit(code: int, environ: Mapping[str, str] = os.environ) -> None:
     if directory:
         with contextlib.suppress(OSError):  # the launcher has gone, and its directory with it
             Path(directory, environ.get("RANK", "0")).write_text(str(code), encoding="ascii")
+
+
+def end_process(code: int) -> NoReturn:
+    """What `sys.exit` does, all but taking the interpreter apart.
+
+    A thread of gloo that lets go of a tensor meanwhile aborts the process (pytorch issue 190489). Leaving the group
+    ends these threads only when nobody else holds it, and DeepSpeed does.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more, or it is closed
+            stream.flush()
+    os._exit(code)

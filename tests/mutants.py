@@ -1237,6 +1237,13 @@ MUTANTS = [
         "moved.append((handler, None))",
         "unit/test_live.py::test_what_is_said_meanwhile_stays_above_the_last_picture",
     ),
+    Mutant(
+        "a process that ends is taken apart under gloo's threads",
+        "world.py",
+        "    os._exit(code)",
+        "    sys.exit(code)",
+        "unit/test_end_process.py::test_threads_exit_functions_and_output_are_waited_for",
+    ),
 ]
 
 

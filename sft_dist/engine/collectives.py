@@ -179,6 +179,6 @@ def write_flight_record(file: Path) -> None:
 
 
 def leave_process_group() -> None:
-    """Leaving without this aborts now and then."""
+    """Without this a process aborts now and then as it ends; where DeepSpeed ran also with it: see `end_process`."""
     if dist.is_initialized():
         dist.destroy_process_group()

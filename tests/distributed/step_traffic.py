@@ -30,7 +30,7 @@ from sft_dist.model.attention import choose_backend
 from sft_dist.model.load import load_model
 from sft_dist.optim import build_adamw
 from sft_dist.quiet import quiet_libraries
-from sft_dist.world import World, read_world
+from sft_dist.world import World, end_process, read_world
 from tests.unit.test_attention import documents, pack
 
 READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
@@ -134,6 +134,7 @@ def main() -> None:
     if world.is_main:
         print(json.dumps(found))
     leave_process_group()
+    end_process(0)
 
 
 if __name__ == "__main__":

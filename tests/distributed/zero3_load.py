@@ -18,7 +18,7 @@ from sft_dist.engine.zero import _import_deepspeed
 from sft_dist.model.attention import choose_backend
 from sft_dist.model.load import PackedModel, load_model
 from sft_dist.quiet import quiet_libraries
-from sft_dist.world import World, read_world
+from sft_dist.world import World, end_process, read_world
 
 
 class LoadedEnough(Exception):
@@ -88,6 +88,7 @@ def main() -> None:
         gc.collect()
         torch.distributed.barrier()
     leave_process_group()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from sft_dist.engine.local import LocalEngine
 from sft_dist.model.attention import choose_backend
 from sft_dist.model.load import compute_dtype, load_model
 from sft_dist.optim import build_adamw
-from sft_dist.world import read_world
+from sft_dist.world import end_process, read_world
 from tests.unit.test_attention import documents, pack
 
 ROWS = documents(2, 90, 33, 700)
@@ -80,6 +80,7 @@ def main() -> None:
     if world.is_main:
         print(f"losses {losses}, graphs {len(model.compiled.graphs) if model.compiled else 0}")
     leave_process_group()
+    end_process(0)
 
 
 main()

@@ -33,7 +33,7 @@ from rich.console import Console
 from sft_dist import commits, train
 from sft_dist.config import parse_recipe
 from sft_dist.engine.collectives import leave_process_group, sum_over_ranks
-from sft_dist.world import read_world
+from sft_dist.world import end_process, read_world
 
 transformers.utils.logging.disable_progress_bar()
 ORIGINAL_LOOP, ORIGINAL_BATCHES = train.train_loop, train.global_batches
@@ -171,6 +171,7 @@ def main() -> None:
             print(f"case {case['recipe']['run']['name']} failed", flush=True)
             raise
     leave_process_group()
+    end_process(0)
 
 
 if __name__ == "__main__":
