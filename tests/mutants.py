@@ -10,24 +10,27 @@ Exit code 0: every bug is caught.
 """
 
 import contextlib
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.egg-info")
 SIDE_BY_SIDE = 2
+# What most tests import, and nothing of the project: loaded once, as that takes longer than most tests.
+PRELOADED = ["pytest", "hypothesis", "torch.distributed", "transformers.models.qwen2.modeling_qwen2", "rich.live"]
 TIME_LIMIT_S = 180
 BASELINE_TIME_LIMIT_S = 600
+SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 SURVIVED = "SURVIVED"
 # Errors of a replacement that does not fit its surroundings, not of a trainer that is wrong.
 BROKEN = re.compile(
@@ -1266,16 +1269,21 @@ def main() -> int:
         )
         return 2
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+    os.environ |= SETTINGS
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as directory,
+        ProcessPoolExecutor(SIDE_BY_SIDE, mp_context=context) as pool,
+    ):
         pristine = Path(directory) / "pristine"
         shutil.copytree(ROOT, pristine, ignore=NOT_COPIED)
         problems = [problem for mutant in chosen if (problem := misfit(mutant, pristine))]
-        problems = problems or baseline_problems(chosen, pristine)
+        problems = problems or baseline_problems(chosen, pristine, pool)
         if problems:
             print("\n".join(problems))
             return 2
-        with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            outcomes = list(pool.map(lambda mutant: judge(mutant, pristine), chosen))
+        outcomes = list(pool.map(judge, chosen, [pristine] * len(chosen)))
     print_table(outcomes)
     num_caught = sum(not outcome.problem for outcome in outcomes)
     num_survived = sum(outcome.problem == SURVIVED for outcome in outcomes)
@@ -1299,20 +1307,12 @@ def misfit(mutant: Mutant, pristine: Path) -> str:
     return ""
 
 
-def baseline_problems(chosen: Sequence[Mutant], pristine: Path) -> list[str]:
-    """Why failing tests would prove nothing: the copy is not what runs, or the tests fail without any bug."""
-    script = "import sft_dist, tests; print(sft_dist.__file__, tests.__file__)"
-    imported = subprocess.run(
-        [sys.executable, "-c", script], cwd=pristine, env=environment(pristine), capture_output=True, text=True
-    )
-    expected = f"{pristine}/sft_dist/__init__.py {pristine}/tests/__init__.py"
-    if imported.stdout.strip() != expected:
-        return [f"the copy is not what is imported: {imported.stdout}{imported.stderr}; expected {expected}"]
+def baseline_problems(chosen: Sequence[Mutant], pristine: Path, pool: ProcessPoolExecutor) -> list[str]:
+    """Why failing tests would prove nothing: they fail without any bug."""
     selections = sorted({mutant.tests for mutant in chosen})
     slow = [tests for tests in selections if tests.startswith("numerics/")]
     halves = [half for half in (slow, [tests for tests in selections if tests not in slow]) if half]
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        runs = list(pool.map(lambda half: run_tests(pristine, half, time_limit_s=BASELINE_TIME_LIMIT_S), halves))
+    runs = pool.map(run_tests, [pristine] * len(halves), halves, [BASELINE_TIME_LIMIT_S] * len(halves))
     return [f"without any bug, exit code {code}:\n{output[-6000:]}" for code, output in runs if code != 0]
 
 
@@ -1324,7 +1324,7 @@ def judge(mutant: Mutant, pristine: Path) -> Outcome:
         shutil.copytree(pristine, copy, ignore=NOT_COPIED)
         file = copy / "sft_dist" / mutant.file
         file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
-        code, output = run_tests(copy, [mutant.tests], time_limit_s=TIME_LIMIT_S)
+        code, output = run_tests(copy, [mutant.tests], TIME_LIMIT_S)
     outcome = Outcome(mutant, *verdict(code, output), time.monotonic() - started)
     print(f"{outcome.seconds:5.0f} s  {mutant.name}: {outcome.problem or 'caught'}", flush=True)
     return outcome
@@ -1343,35 +1343,43 @@ def verdict(code: int | None, output: str) -> tuple[str, str]:
     return "", f"NO VERDICT, pytest's exit code was {code}{': ' + broken.group() if broken else ''}:\n{tail}"
 
 
-def run_tests(project: Path, selections: Sequence[str], *, time_limit_s: float) -> tuple[int | None, str]:
+def run_tests(project: Path, selections: Sequence[str], time_limit_s: float) -> tuple[int | None, str]:
     """pytest's exit code, None when it ran over the limit, and its output."""
-    scratch = tempfile.mkdtemp(dir=project.parent)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={scratch}/tests"]
+    scratch = Path(tempfile.mkdtemp(dir=project.parent))
+    command = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={scratch}/tests"]
     command += ["--hypothesis-profile=ci"]  # the same examples every time: no bug is caught, or missed, by luck
-    pytest = subprocess.Popen(
-        [*command, *(f"tests/{selection}" for selection in selections)],
-        cwd=project,
-        env=environment(project),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = pytest.communicate(timeout=time_limit_s)
-        return pytest.returncode, output
-    except subprocess.TimeoutExpired:
-        return None, ""
-    finally:
-        # The ranks that a test started are in its session; a test that was cut off leaves them behind.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pytest.pid, signal.SIGKILL)
-        pytest.wait()
+    command += [f"tests/{selection}" for selection in selections]
+    output = scratch / "output"
+    # A fork of this process, which has loaded what tests import.
+    process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(project, command, output))
+    process.start()
+    assert process.pid is not None
+    process.join(time_limit_s)
+    code = process.exitcode
+    # The ranks that a test started are in its session; a test that was cut off leaves them behind.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return code, output.read_text(encoding="utf-8", errors="replace") if code is not None else ""
 
 
-def environment(project: Path) -> dict[str, str]:
-    """PYTHONPATH goes before site-packages, where an editable install points at the project that was copied."""
-    return os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def run_pytest(project: Path, command: list[str], output: Path) -> None:
+    """Be pytest in a session of its own and in the project, which this process and those it starts import."""
+    os.setsid()
+    os.chdir(project)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    # Before site-packages, where an editable install points at the project that was copied.
+    os.environ["PYTHONPATH"] = str(project)
+    sys.path.insert(0, str(project))
+    import pytest
+
+    import sft_dist
+
+    if Path(sft_dist.__file__).parent != project / "sft_dist":
+        sys.exit(f"the copy is not what is imported, but {sft_dist.__file__}")
+    sys.exit(int(pytest.main(command)))
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
