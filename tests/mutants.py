@@ -30,6 +30,7 @@ SIDE_BY_SIDE = 2
 PRELOADED = ["pytest", "hypothesis", "torch.distributed", "transformers.models.qwen2.modeling_qwen2", "rich.live"]
 TIME_LIMIT_S = 180
 BASELINE_TIME_LIMIT_S = 600
+# As tests/conftest.py has them, but before anything is loaded; and lines that are not cut.
 SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 SURVIVED = "SURVIVED"
 # Errors of a replacement that does not fit its surroundings, not of a trainer that is wrong.
@@ -1354,12 +1355,14 @@ def run_tests(project: Path, selections: Sequence[str], time_limit_s: float) -> 
     process = multiprocessing.get_context("fork").Process(target=run_pytest, args=(project, command, output))
     process.start()
     assert process.pid is not None
-    process.join(time_limit_s)
-    code = process.exitcode
-    # The ranks that a test started are in its session; a test that was cut off leaves them behind.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    try:
+        process.join(time_limit_s)
+        code = process.exitcode
+    finally:
+        # The ranks that a test started are in its session; a test that was cut off leaves them behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
     return code, output.read_text(encoding="utf-8", errors="replace") if code is not None else ""
 
 
@@ -1376,9 +1379,11 @@ def run_pytest(project: Path, command: list[str], output: Path) -> None:
     import pytest
 
     import sft_dist
+    import tests
 
-    if Path(sft_dist.__file__).parent != project / "sft_dist":
-        sys.exit(f"the copy is not what is imported, but {sft_dist.__file__}")
+    imported = [sft_dist.__file__, tests.__file__]
+    if imported != [f"{project}/sft_dist/__init__.py", f"{project}/tests/__init__.py"]:
+        sys.exit(f"the copy is not what is imported, but {imported}")
     sys.exit(int(pytest.main(command)))
 
 

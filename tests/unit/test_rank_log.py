@@ -32,7 +32,8 @@ def chatter(run_dir: Path, *, rank: int) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", CHATTER, str(run_dir), str(rank)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Into a pipe as to a terminal: each line at once, so that the child process's comes after it.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
         timeout=30,
         capture_output=True,
         text=True,
@@ -65,7 +66,7 @@ def test_the_log_says_who_and_when_and_leaves_out_what_libraries_only_inform_of(
 def test_rank_0_keeps_its_console(tmp_path: Path) -> None:
     result = chatter(tmp_path, rank=0)
     log = (tmp_path / "logs" / "rank-00000.log").read_text()
-    assert "printed\n" in result.stdout
+    assert result.stdout.startswith("printed\n")
     assert (
         result.stderr == "console library warning\nfor the user\nafter, on stderr\n"
     )  # what the file asked for is not here
