@@ -11,7 +11,7 @@ from sft_dist.errors import SftDistError
 from sft_dist.redact import RedactingFilter
 from sft_dist.verbs import data, machine, models, runs, training
 from sft_dist.verbs.words import say
-from sft_dist.world import end_process, report_exit
+from sft_dist.world import end_process, report_exit, waited_in_vain_for_rank_0
 
 
 def run() -> NoReturn:
@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verb(arguments)
     except SftDistError as error:
         say(error)
+        report_exit(error.exit_code)
+        if not error.is_said and waited_in_vain_for_rank_0():
+            error.is_local = True
+            say(error)
         return error.exit_code
     except BrokenPipeError:
         return 0

@@ -19,6 +19,9 @@ class SftDistError(Exception):
     is_local = False
     """True: only the rank that met it knows, and says it. Else every rank meets it alike, and rank 0 speaks for all."""
 
+    is_said = False
+    """True once the user was told."""
+
 
 class ConfigError(SftDistError):
     """A recipe key, an override or an environment that contradicts the recipe."""

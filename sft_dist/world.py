@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,21 @@ def report_exit(code: int, environ: Mapping[str, str] = os.environ) -> None:
     if directory:
         with contextlib.suppress(OSError):  # the launcher has gone, and its directory with it
             Path(directory, environ.get("RANK", "0")).write_text(str(code), encoding="ascii")
+
+
+def waited_in_vain_for_rank_0(environ: Mapping[str, str] = os.environ, *, patience_s: float = 20.0) -> bool:
+    """Wait for torchrun or accelerate to end this process since rank 0 has ended. True when it did not.
+
+    They end all ranks of a host as soon as one has ended, rank 0 also before it said why. False, at once, where rank 0
+    is not such a neighbour.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return False
+    world = read_world(environ)
+    if world.is_main or world.rank != world.local_rank:
+        return False
+    time.sleep(patience_s)
+    return True
 
 
 def end_process(code: int) -> NoReturn:

@@ -1248,6 +1248,13 @@ MUTANTS = [
         "    sys.exit(code)",
         "unit/test_end_process.py::test_threads_exit_functions_and_output_are_waited_for",
     ),
+    Mutant(
+        "a rank that leaves the word to rank 0 ends at once, and torchrun ends rank 0 before it spoke",
+        "world.py",
+        "    time.sleep(patience_s)",
+        "    time.sleep(0)",
+        "unit/test_world.py::test_only_neighbours_of_rank_0_wait_for_it",
+    ),
 ]
 
 

@@ -108,7 +108,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         evaluation = evaluate_run(recipe, console=console, before=arguments.before)
     except SftDistError as error:
         say(error)  # before the group is left, which may take long when a peer has died
-        return error.exit_code
+        raise
     finally:
         leave_process_group()
     if is_main():

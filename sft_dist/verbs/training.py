@@ -141,7 +141,7 @@ def _train(arguments: argparse.Namespace) -> int:
         except SftDistError as error:
             say(error)  # before the group is left, which may take long when a peer has died
             report_exit(error.exit_code)
-            return error.exit_code
+            raise
         finally:
             leave_process_group()
         if is_main():

@@ -13,8 +13,9 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def say(error: SftDistError) -> None:
-    """One line or several on stderr, by the one process whose word it is."""
-    if error.is_local or is_main():
+    """One line or several on stderr, once, by the one process whose word it is."""
+    if not error.is_said and (error.is_local or is_main()):
+        error.is_said = True
         lines = redacted(str(error)).splitlines()
         print("\n".join(f"error: {line}" for line in lines), file=sys.stderr, flush=True)
 

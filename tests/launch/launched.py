@@ -23,9 +23,9 @@ NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 class Launched:
     """A launcher that was started here, with its run."""
 
-    def __init__(self, command: Sequence[str], run_dir: Path, log: Path) -> None:
+    def __init__(self, command: Sequence[str], run_dir: Path, log: Path, modules: Path) -> None:
         self.run_dir, self.log = run_dir, log
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | NO_COMPILER
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{modules}:{ROOT}"} | NO_COMPILER
         with log.open("w") as out:  # not a pipe: whoever outlives the launcher would hold it open
             self.process = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:]],
@@ -119,7 +119,10 @@ def _runs(pid: int) -> bool:
 
 @contextlib.contextmanager
 def launched(command: Sequence[str], directory: Path, model: Path) -> Iterator[Launched]:
-    """Start `command` with the recipe put behind it; on leaving, what it started and still runs is killed."""
+    """Start `command` with the recipe put behind it; on leaving, what it started and still runs is killed.
+
+    Modules in the directory are there for its processes, too.
+    """
     directory.mkdir(exist_ok=True)
     tiny.write_chats(directory / "train.jsonl", num_examples=40, seed=0, longest=60)
     raw = {
@@ -131,7 +134,7 @@ def launched(command: Sequence[str], directory: Path, model: Path) -> Iterator[L
         "train": {"steps": 3000},
     }
     (directory / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    run = Launched([*command, str(directory / "recipe.yaml")], directory / "run", directory / "log.txt")
+    run = Launched([*command, str(directory / "recipe.yaml")], directory / "run", directory / "log.txt", directory)
     try:
         yield run
     finally:

@@ -49,7 +49,9 @@ def test_ranks_of_a_killed_launcher_save_and_end(tmp_path: Path, tied_model: Pat
 
 
 def test_the_ranks_own_exit_code_is_returned(tmp_path: Path, tied_model: Path) -> None:
-    """accelerate alone says 1."""
+    """accelerate alone says 1, and ends rank 0 before it spoke when another rank is quicker."""
+    slow = "import os, time; time.sleep(5 * (os.environ.get('RANK') == '0'))"
+    (tmp_path / "sitecustomize.py").write_text(slow)
     with launched((*LAUNCH[:-1], "single"), tmp_path, tied_model) as run:
         assert run.exit_code(timeout_s=60) == 2, run.log.read_text()
         assert "train.engine=single was started as 2 processes" in run.log.read_text()

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 
 import pytest
 
+from sft_dist import cli
 from sft_dist.engine.start import resolve_engine
 from sft_dist.errors import ConfigError
-from sft_dist.world import StopRequest, World, check_launcher_agrees, read_world
+from sft_dist.world import StopRequest, World, check_launcher_agrees, read_world, waited_in_vain_for_rank_0
 
 FOUR = {
     "RANK": "3",
@@ -67,3 +69,32 @@ def test_a_signal_is_remembered_and_handlers_are_put_back() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.received == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+@pytest.mark.parametrize(
+    ("change", "waits"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "3"}, False),  # on the second of two hosts
+        ({"TORCHELASTIC_RUN_ID": ""}, False),  # nobody would end it
+    ],
+)
+def test_only_neighbours_of_rank_0_wait_for_it(change: dict[str, str], waits: bool) -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "run", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
+    meeting = {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    environ = {key: value for key, value in (torchrun | meeting | change).items() if value}
+    before = time.monotonic()
+    assert waited_in_vain_for_rank_0(environ, patience_s=0.2) is waits
+    assert (time.monotonic() - before >= 0.2) is waits
+
+
+@pytest.mark.parametrize("in_vain", [True, False])
+def test_an_error_that_rank_0_does_not_say_is_said_by_another(
+    in_vain: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(cli, "waited_in_vain_for_rank_0", lambda: in_vain)
+    assert cli.main(["train", "none.yaml"]) == 2
+    assert capsys.readouterr().err.count("error: none.yaml") == in_vain
