@@ -138,7 +138,7 @@ def convert(ledger: Ledger, *, full: bool) -> None:
         )
     schedule.put_saves(ledger)
     shared.put_engine(ledger)
-    shared.put_wandb(ledger, project_key="wandb_project")
+    shared.put_wandb(ledger, project_key="wandb_project", project_is_enough=True)
     if "wandb.project" in ledger.recipe and ledger.get("wandb_mode") == "offline":
         ledger.put("wandb.mode", "offline", theirs="wandb_mode")
     shared.put_run(ledger, output="model-out", name_key="wandb_name")

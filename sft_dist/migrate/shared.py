@@ -211,18 +211,20 @@ def engine_of(given: Any) -> str | None:
     return f"zero{stage}" + ("_offload" if device in ("cpu", "nvme") and stage > 1 else "")
 
 
-def put_wandb(ledger: Ledger, *, project_key: str | None = None) -> None:
+def put_wandb(ledger: Ledger, *, project_key: str | None = None, project_is_enough: bool = False) -> None:
     """report_to names trackers; wandb is the one here, beside metrics.jsonl.
 
-    project_key: theirs of the project, which alone turns wandb on; None where they have none.
+    project_key: theirs of the project; None where they have none. project_is_enough: it alone turns wandb on.
     """
     named, project = ledger.get("report_to", []), ledger.get(project_key) if project_key else None
     trackers = [str(each) for each in (named if isinstance(named, list) else [named])]
-    if "wandb" in trackers or "all" in trackers or project:
+    if "wandb" in trackers or "all" in trackers or (project and project_is_enough):
         ledger.put(
             "wandb.project", str(project or "sft"), theirs=f"{project_key}, report_to" if project else "report_to"
         )
         if not project:
             ledger.ask("report_to", "wandb.project is set to sft: they take it from WANDB_PROJECT")
+    elif project_key and project:
+        ledger.lack(project_key, "report_to does not ask for wandb; the project alone turns nothing on, there or here")
     if others := [each for each in trackers if each not in ("wandb", "all", "none", "no")]:
         ledger.lack("report_to", f"{', '.join(others)}: metrics.jsonl in the run's directory has every step")

@@ -4,6 +4,7 @@ The model is never built: its shape comes from a config.json or a table, memory 
 `auto` becomes is chosen in engine_choice.py, as `sft-dist launch` does. Without torch.
 """
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -278,12 +279,13 @@ def _rate_of_run(recipe: Recipe) -> tuple[float, str] | None:
 def disk_bytes(recipe: Recipe, num_params: int, dtype: str, work: Work) -> dict[str, int]:
     """Checkpoints that are kept and the one that is being written, the exported model, the token store.
 
-    train.keep_every counts where the number of steps is known, by `work` or by train.steps.
+    train.keep_every counts where the number of steps is known, by `work` or by train.steps: its multiples at which the
+    run saves, and the newest ones beside them.
     """
     train, steps = recipe.train, work.steps or recipe.train.steps
     kept = train.keep_checkpoints + train.keep_best
-    if train.keep_every is not None and steps is not None:
-        kept += steps // train.keep_every
+    if train.keep_every is not None and steps is not None and train.save_every is not None:
+        kept += steps // math.lcm(train.keep_every, train.save_every)
     one = CHECKPOINT_BYTES * num_params
     found = {"a checkpoint": one, f"{kept} kept and one being written": (kept + 1) * one}
     found["the model"] = num_params * BYTES_OF_DTYPE[dtype]

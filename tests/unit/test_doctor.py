@@ -455,7 +455,8 @@ def test_a_recipe_is_held_against_the_machine(
 
 
 def test_checkpoints_that_are_kept_for_ever_count_for_the_disk(tmp_path: Path, tied_model: Path) -> None:
-    path = tiny.write_recipe(tmp_path, tied_model, train={"keep_checkpoints": 1, "keep_every": 2, "steps": 9})
+    train = {"keep_checkpoints": 1, "keep_every": 2, "save_every": 1, "steps": 9}
+    path = tiny.write_recipe(tmp_path, tied_model, train=train)
     recipe = load_recipe(path)
     needs = needs_of(recipe)
     assert needs.num_parameters is not None

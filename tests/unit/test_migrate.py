@@ -331,7 +331,6 @@ def test_losses_without_held_out_data_need_a_word(given: dict[str, Any], convert
         ({**AXOLOTL, "wandb_project": "clinic"}, "wandb_project: clinic"),
         ({**AXOLOTL, "wandb_project": "clinic", "report_to": "wandb"}, "wandb_project: clinic, report_to: wandb"),
         ({**TRL, "project": "clinic", "report_to": "wandb"}, "project: clinic, report_to: wandb"),
-        ({**TRL, "project": "clinic"}, "project: clinic"),
         ({**FACTORY, "report_to": "wandb"}, "report_to: wandb"),
     ],
 )
@@ -339,6 +338,13 @@ def test_where_wandb_comes_from_is_said(given: dict[str, Any], expected: str, co
     ledger = convert(given).ledger
     assert [each.theirs for each in ledger.taken if each.ours.startswith("wandb.project")] == [expected]
     assert ledger.unknown == []
+
+
+@pytest.mark.parametrize("named", [{}, {"report_to": "none"}, {"report_to": ["tensorboard"]}])
+def test_a_project_alone_turns_nothing_on_in_trl(named: dict[str, Any], convert: Any) -> None:
+    found = convert({**TRL, "project": "clinic", **named})
+    assert "wandb" not in found.recipe
+    assert "report_to does not ask for wandb" in said(found.ledger.lacking)
 
 
 def test_optimizers_and_schedules_without_counterpart_need_a_word(convert: Any) -> None:

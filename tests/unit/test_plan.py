@@ -154,12 +154,18 @@ def test_time_is_tokens_over_a_rate_that_is_given_or_follows_from_the_peak(tmp_p
     assert make_plan(recipe, Asked(gpus="80GB")).time is None
 
 
-def test_disk_is_counted_for_what_is_kept_and_what_is_being_written(tmp_path: Path) -> None:
-    train = {"keep_checkpoints": 3, "keep_every": 10, "steps": 50}
+@pytest.mark.parametrize(
+    ("save_every", "kept"),
+    [(5, 3 + 5), (10, 3 + 5), (4, 3 + 2), (None, 3)],  # the newest 3, and those of steps 10, 20, ...; of 20 and 40
+)
+def test_disk_is_counted_for_what_is_kept_and_what_is_being_written(
+    save_every: int | None, kept: int, tmp_path: Path
+) -> None:
+    train = {"keep_checkpoints": 3, "keep_every": 10, "save_every": save_every, "steps": 50}
     plan = make_plan(recipe_for(tmp_path, train=train), Asked(gpus="80GB"))
     one = 12 * plan.shape.all_params
     assert plan.disk["a checkpoint"] == one
-    assert plan.disk["8 kept and one being written"] == 9 * one
+    assert plan.disk[f"{kept} kept and one being written"] == (kept + 1) * one
     assert plan.disk["the model"] == 2 * plan.shape.all_params
 
 
