@@ -40,7 +40,8 @@ class Task:
     kind: ours, trl, reference, or floor. examples: in a step, over all ranks. packs: of TRL in a step, over all ranks;
     0 for rows that are not packed. pack_tokens: the longest pack, of ours as well. micro: packs, or rows, in a
     micro-batch of TRL.
-    settings: fields of SFTConfig, and `attention`. num_profiled: steps behind the untimed ones that are profiled.
+    settings: fields of SFTConfig, and `attention`; of `model` in our recipe. num_profiled: steps behind the untimed
+    ones that are profiled.
     """
 
     kind: str
@@ -148,7 +149,7 @@ def run_ours(task: Task) -> Marks:
     recipe = parse_recipe(
         {
             "run": {"name": "ours", "dir": task.directory, "report": False},
-            "model": {"path": task.model, "dtype": "fp32"},
+            "model": {"path": task.model, "dtype": "fp32"} | task.settings,
             "data": {"train": task.rows, "max_tokens": MAX_TOKENS, "workers": 1},
             "batch": {"examples": task.examples, "pack_tokens": task.pack_tokens},
             "loss": "token_mean",
