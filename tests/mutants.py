@@ -28,8 +28,8 @@ NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist"
 SIDE_BY_SIDE = 2
 # What most tests import, and nothing of the project: loaded once, as that takes longer than most tests.
 PRELOADED = ["pytest", "hypothesis", "torch.distributed", "transformers.models.qwen2.modeling_qwen2", "rich.live"]
-TIME_LIMIT_S = 180
-BASELINE_TIME_LIMIT_S = 600
+TIME_LIMIT_S = 300
+BASELINE_TIME_LIMIT_S = 900
 # As tests/conftest.py has them, but before anything is loaded; and lines that are not cut.
 SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 SURVIVED = "SURVIVED"

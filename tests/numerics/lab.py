@@ -63,9 +63,10 @@ class Case:
 
     @property
     def uninterrupted(self) -> "Case":
-        """The run, with a checkpoint at every step, that a resumed one goes on from."""
+        """The run, with checkpoints, that a resumed one goes on from: at every step, or, where saving costs, at even ones."""
         engine, world = self.resumes or (self.engine, self.world)
-        return replace(self, engine=engine, world=world, resumed_at=None, resumes=None, save_every=1)
+        often = 1 if engine == "single" else 2
+        return replace(self, engine=engine, world=world, resumed_at=None, resumes=None, save_every=often)
 
     @property
     def evaluated_alone(self) -> "Case":
