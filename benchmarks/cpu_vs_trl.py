@@ -483,9 +483,7 @@ def _options() -> argparse.Namespace:
     what.add_argument("--quick", action="store_true", help="setting A with fewer steps, TRL packed only")
     what.add_argument("--all", action="store_true", help="every setting")
     what.add_argument("--tried", action="store_true", help="other settings of TRL, on setting A")
-    parser.add_argument(
-        "--sides", nargs="+", default=[side for side in SIDES if side != COMPILED], choices=list(SIDES)
-    )
+    parser.add_argument("--sides", nargs="+", default=[side for side in SIDES if side != COMPILED], choices=list(SIDES))
     parser.add_argument("--file", type=Path, help="an Alpaca file, .jsonl or .json, instead of made-up rows")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check", action="store_true", help="exit 1 when a ratio fell by a fifth")

@@ -1201,7 +1201,7 @@ MUTANTS = [
     Mutant(
         "a disk without the checkpoints that are kept for ever",
         "plan/planner.py",
-        "kept += steps // train.keep_every",
+        "kept += steps // math.lcm(train.keep_every, train.save_every)",
         "pass",
         "unit/test_doctor.py::test_checkpoints_that_are_kept_for_ever_count_for_the_disk",
     ),

@@ -103,9 +103,9 @@ PROCESS_BYTES = 3e9
 CPU_BYTES = 64e6
 """What libraries take when they first compute, and a training's own Python objects. Measured: docs/planning.md."""
 
-HEAP_GROWTH = 1.5
+HEAP_GROWTH, ZERO3_HEAP_GROWTH = 1.4, 1.9
 """The heap over the most of it that comes and goes at a time: gradients come where activations were, and leave holes.
-Measured: docs/planning.md."""
+Under ZeRO-3 weights come and go between them, too. Measured: docs/planning.md."""
 
 
 def _cached(parts: Mapping[str, float]) -> float:
@@ -125,9 +125,8 @@ def _holes(
         gradients = parts["gradients"] if training.engine in HEAP_GRADIENTS else 0
         return parts.get("activations", 0) + parts.get("logits", 0) + parts["buffers"] - held + gradients
 
-    # Under ZeRO-3 every weight is read whole before its part is kept.
-    left_by_loading = 4 * shape.all_params if training.engine.startswith("zero3") else 0
-    return CPU_BYTES + left_by_loading + HEAP_GROWTH * max(map(passing, found)) - passing(name)
+    growth = ZERO3_HEAP_GROWTH if training.engine.startswith("zero3") else HEAP_GROWTH
+    return CPU_BYTES + growth * max(map(passing, found)) - passing(name)
 
 
 def _host(shape: ModelShape, training: Training) -> dict[str, int]:

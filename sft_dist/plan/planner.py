@@ -280,7 +280,7 @@ def disk_bytes(recipe: Recipe, num_params: int, dtype: str, work: Work) -> dict[
     """Checkpoints that are kept and the one that is being written, the exported model, the token store.
 
     train.keep_every counts where the number of steps is known, by `work` or by train.steps: its multiples at which the
-    run saves, and the newest ones beside them.
+    run saves, beside the newest ones.
     """
     train, steps = recipe.train, work.steps or recipe.train.steps
     kept = train.keep_checkpoints + train.keep_best

@@ -63,7 +63,7 @@ class Case:
 
     @property
     def uninterrupted(self) -> "Case":
-        """The run, with checkpoints, that a resumed one goes on from: at every step, or, where saving costs, at even ones."""
+        """The run that a resumed one goes on from; checkpoints at every step or, where saving costs, at even ones."""
         engine, world = self.resumes or (self.engine, self.world)
         often = 1 if engine == "single" else 2
         return replace(self, engine=engine, world=world, resumed_at=None, resumes=None, save_every=often)
